@@ -1,0 +1,48 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh machine with Python >= 3.11, a C++20 compiler
+# and make. A second call redoes only what changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test setup build bench lint format clean
+.DEFAULT_GOAL := build
+
+demo: build
+	$(BIN)/blokern compare fast-at fast-bat --data digits --model small_cnn --out runs/demo
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/blokern bench all
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+setup: $(VENV)/.setup
+build: $(VENV)/.build
+
+$(VENV)/.setup: constraints.txt pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*("\"%s\"" % d for d in p["dependencies"] + p["optional-dependencies"]["dev"]))')
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack
+	touch $@
+
+$(VENV)/.build: $(VENV)/.setup $(NATIVE)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV)/.build blokern/*.so

@@ -1,0 +1,156 @@
+"""Side-by-side timing. Rivals run in turn, round after round, so that a slow moment of a shared machine falls on
+all of them; a ratio is the median over rounds of two times of one round. Times themselves are medians."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blokern import _backend
+from blokern._version import __version__
+
+__all__ = ["Case", "Row", "report", "run_case", "table", "write"]
+
+#: Long enough for the clock and for a thread's wake-up not to matter.
+MIN_SAMPLE_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same work done by several rivals. `ours` names the one that the ratios are of.
+
+    `bytes` is the traffic that the work cannot avoid, for rates; 0 where that is not the limit.
+    """
+
+    name: str
+    rivals: dict[str, Callable[[], object]]
+    ours: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rival of one case. times_ours: how many times our time it took (above 1: we are faster)."""
+
+    case: str
+    rival: str
+    ours: bool
+    seconds: float
+    spread: float  # the middle half of the samples, over their median
+    times_ours: float
+    gigabytes_a_second: float
+    rounds: int
+
+
+def run_case(case: Case, rounds: int) -> list[Row]:
+    repeats = {name: _repeats(run) for name, run in case.rivals.items()}
+    samples: dict[str, list[float]] = {name: [] for name in case.rivals}
+    for _ in range(rounds):
+        for name, run in case.rivals.items():
+            samples[name].append(_time(run, repeats[name]))
+    ours = samples[case.ours]
+    return [_row(case, name, times, ours) for name, times in samples.items()]
+
+
+def _row(case: Case, name: str, times: Sequence[float], ours: Sequence[float]) -> Row:
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
+    return Row(
+        case=case.name,
+        rival=name,
+        ours=name == case.ours,
+        seconds=median,
+        spread=(high - low) / median,
+        times_ours=statistics.median(t / o for t, o in zip(times, ours, strict=True)),
+        gigabytes_a_second=case.bytes / median / 1e9,
+        rounds=len(times),
+    )
+
+
+def _time(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def _repeats(run: Callable[[], object]) -> int:
+    for _ in range(3):  # compile, allocate, warm the caches
+        run()
+    return max(1, round(MIN_SAMPLE_SECONDS / max(_time(run, 3), 1e-9)))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a section a case."""
+    lines: list[str] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        lines += [f"\n### {case}\n", "| | time | × ours | spread | GB/s |", "|---|---:|---:|---:|---:|"]
+        for row in (row for row in rows if row.case == case):
+            name = f"**{row.rival}**" if row.ours else row.rival
+            rate = f"{row.gigabytes_a_second:.1f}" if row.gigabytes_a_second else ""
+            lines.append(
+                f"| {name} | {_pretty(row.seconds)} | {row.times_ours:.2f} | ±{row.spread:.0%} | {rate} |"
+            )
+    return "\n".join(lines)
+
+
+def _pretty(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def report(suite: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that a reader needs to judge the figures, as JSON takes it."""
+    return {
+        "suite": suite,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": torch.multiprocessing.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(terse=True),
+        },
+        "versions": {"blokern": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "build": _backend.build_info(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['suite']}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def _processor() -> str:
+    """The model's name, and the widest vectors: virtual machines often hide the rest."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        found = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+        facts = {key.strip(): value.strip() for key, value in found.items()}
+        family = f"family {facts['cpu family']} model {facts['model']}"
+        return f"{facts['model name']}, {family}, {torch.backends.cpu.get_cpu_capability()}"
+    except (OSError, KeyError):
+        return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"

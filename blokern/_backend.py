@@ -1,0 +1,58 @@
+"""Loads the native code: ``_C``, and the one CPU library that fits this processor. Fails loudly: no fallback."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+__all__ = ["CPU_CAPABILITY", "C", "build_info"]
+
+#: Overrides the choice of CPU library; a value of ``blokern info``'s list of built ones.
+OVERRIDE = "BLOKERN_CPU_CAPABILITY"
+
+
+def _load_core() -> ModuleType:
+    try:
+        core = importlib.import_module("blokern._C")
+    except ImportError as error:
+        raise ImportError(
+            "blokern's native module is not built for this Python and torch: run `make build` in the checkout, "
+            f"or `pip install --no-build-isolation .` ({error})"
+        ) from error
+    if core.torch_version != torch.__version__:
+        raise ImportError(
+            f"blokern was built for torch {core.torch_version}, and this is torch {torch.__version__}: build it again"
+        )
+    return core
+
+
+def _load_cpu(core: ModuleType) -> str:
+    built = core.cpu_capabilities.split()
+    wanted = os.environ.get(OVERRIDE)
+    if wanted is None:
+        # The processor may know an instruction set newer than any built here; the plain build runs everywhere.
+        name = torch.backends.cpu.get_cpu_capability()
+        wanted = name if name in built else "DEFAULT"
+    elif wanted not in built:
+        raise ImportError(f"{OVERRIDE} must be one of {', '.join(built)}, got {wanted!r}")
+    importlib.import_module(f"blokern._cpu_{wanted.lower()}")
+    return wanted
+
+
+C: ModuleType = _load_core()
+#: The instruction set whose kernels are loaded.
+CPU_CAPABILITY: str = _load_cpu(C)
+
+
+def build_info() -> dict[str, str]:
+    """What was built and what is loaded, by name, for ``blokern info``."""
+    return {
+        "compiler": C.compiler,
+        "built for torch": C.torch_version,
+        "CPU kernels built": C.cpu_capabilities,
+        "CPU kernels loaded": CPU_CAPABILITY,
+        "CUDA kernels": C.cuda,
+    }

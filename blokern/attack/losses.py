@@ -1,0 +1,93 @@
+"""What an attack climbs: a loss a sample, and who counts as correctly classified.
+
+Every loss takes logits [N, K] and labels [N] int64 and returns [N], in at least float32. A NaN in a sample's
+logits makes that sample's loss NaN and no other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blokern.attack.checks import nearest
+
+__all__ = ["Loss", "LossName", "correct", "cross_entropy", "dlr", "dlr_targeted", "named_loss"]
+
+#: logits [N, K], labels [N] -> loss [N], higher where the labels fit worse.
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LossName: TypeAlias = Literal["ce", "dlr"]
+
+_TINY = 1e-12  # the released code's: keeps the DLR ratios finite where the leading logits tie
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """−log softmax(logits)[y] of each sample; logits [N, K] and y [N] int64 to [N]::
+
+    loss = cross_entropy(model(x), y)
+    assert loss.shape == y.shape
+    """
+    return F.cross_entropy(_wide(logits), y, reduction="none")
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference-of-logits ratio −(z_y − max_{i≠y} z_i) / (z_π1 − z_π3), π the descending order.
+
+    Logits [N, K] and y [N] int64 to [N]. Invariant to the logits' scale and shift, so that a scaled model
+    cannot hide its gradient; positive exactly where another class leads. Croce & Hein, ICML 2020, section 4.
+    ValueError with fewer than 3 classes::
+
+        loss = dlr(model(x), y)
+        fooled = loss > 0
+    """
+    top = _leading(logits, 3, "dlr")
+    z = top.values
+    rival = torch.where(top.indices[:, 0] == y, z[:, 1], z[:, 0])
+    return (rival - _at(logits, y)) / (z[:, 0] - z[:, 2] + _TINY)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference-of-logits ratio −(z_y − z_t) / (z_π1 − (z_π3 + z_π4)/2), climbed towards t =
+    target.
+
+    Logits [N, K], y and target [N] int64, to [N]. Croce & Hein, ICML 2020, section 4. ValueError with fewer
+    than 4 classes::
+
+        second = model(x).topk(2, dim=1).indices[:, 1]
+        loss = dlr_targeted(model(x), y, second)
+    """
+    z = _leading(logits, 4, "dlr_targeted").values
+    return (_at(logits, target) - _at(logits, y)) / (z[:, 0] - 0.5 * (z[:, 2] + z[:, 3]) + _TINY)
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """[N] bool: argmax is y, the lowest class among ties; a sample with a NaN is never correct."""
+    return (logits.argmax(dim=1) == y) & ~logits.isnan().any(dim=1)
+
+
+def named_loss(loss: LossName | Loss) -> Loss:
+    """The loss of that name; a callable is its own."""
+    if callable(loss):
+        return loss
+    losses: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr}
+    if loss not in losses:
+        raise ValueError(f"loss must be {nearest(loss, losses)} or a callable (logits, y) -> [N]")
+    return losses[loss]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: under autocast logits come in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _leading(logits: Tensor, k: int, loss: str) -> torch.return_types.topk:
+    if logits.shape[1] < k:
+        raise ValueError(f"loss {loss} needs at least {k} classes, got logits of shape {tuple(logits.shape)}")
+    return _wide(logits).topk(k, dim=1)
+
+
+def _at(logits: Tensor, y: Tensor) -> Tensor:
+    return _wide(logits).gather(1, y.unsqueeze(1)).squeeze(1)

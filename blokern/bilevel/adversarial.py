@@ -1,0 +1,449 @@
+"""Adversarial training: what its rules share, and the baselines that Fast-BAT is measured against.
+
+Every rule runs its passes in the mode that the caller put the model in, train mode for every published
+number, and leaves it so; only TRADES attacks in eval mode. Each forward in train mode moves BatchNorm's
+running statistics once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar, Generic, Literal, TypeAlias, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from blokern import ops
+from blokern.attack import eval_mode, frozen_parameters
+from blokern.attack.checks import check_box, nearest
+from blokern.bilevel.step import StepResult
+from blokern.curvature import Linearization, LossFn, linearize
+
+__all__ = [
+    "NFGSMAT",
+    "PGDAT",
+    "TRADES",
+    "AdversarialRule",
+    "AdversarialSettings",
+    "FastAT",
+    "FastATSettings",
+    "GradAlign",
+    "GradAlignSettings",
+    "NFGSMATSettings",
+    "PGDATSettings",
+    "Plain",
+    "PlainSettings",
+    "Precision",
+    "Rule",
+    "TRADESSettings",
+    "cross_entropy_sum",
+]
+
+#: "fp32": in the model's own dtype; "bf16": forwards under bfloat16 autocast, weights and images stay
+#: float32.
+Precision: TypeAlias = Literal["fp32", "bf16"]
+
+# A word of the settings means the same in every method, so it is checked in one place: test, and test in
+# words.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "eps": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
+    "step_size": (lambda v: 0.0 < v < math.inf, "a finite number > 0, or None for the method's default"),
+    "attack_steps": (lambda v: isinstance(v, int) and v >= 1, "an integer >= 1"),
+    "lam": (lambda v: v >= 0.0, "a number >= 0 (0: 1/step_size; inf: no implicit term)"),
+    "penalty": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0, or None for the paper's"),
+    "beta": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
+    "clip_min": (math.isfinite, "a finite number"),
+    "clip_max": (math.isfinite, "a finite number"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainSettings:
+    """Settings of `Plain`.
+
+    Args:
+        precision: fp32, or bf16 for forwards under bfloat16 autocast.
+
+    Raises:
+        TypeError, ValueError: a setting of another type or out of range.
+    """
+
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if name in _NUMBERS and not (value is None and setting.default is None):
+                allowed, expected = _NUMBERS[name]
+                if not isinstance(value, int | float) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be {expected}, got {value!r}")
+                if not allowed(value):
+                    raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be {nearest(self.precision, get_args(Precision))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialSettings(PlainSettings, ABC):
+    """What every L∞ method takes.
+
+    Args:
+        eps: radius of the perturbation, in the images' units.
+        step_size: of the attack; None is the method's default for this eps, see `attack_step_size`.
+        clip_min: least value of an image.
+        clip_max: greatest value of an image.
+        precision: fp32, or bf16 for forwards under bfloat16 autocast.
+
+    Raises:
+        TypeError, ValueError: a setting of another type or out of range.
+    """
+
+    eps: float = 8 / 255
+    step_size: float | None = None
+    clip_min: float = 0.0
+    clip_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_box(self.clip_min, self.clip_max)
+
+    @property
+    def attack_step_size(self) -> float:
+        """The step size in use."""
+        return self._default_step_size() if self.step_size is None else self.step_size
+
+    @abstractmethod
+    def _default_step_size(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastATSettings(AdversarialSettings):
+    """`AdversarialSettings` of `FastAT`; step_size is 1.25 eps by default."""
+
+    def _default_step_size(self) -> float:
+        return 1.25 * self.eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFGSMATSettings(AdversarialSettings):
+    """`AdversarialSettings` of `NFGSMAT`; step_size is eps by default."""
+
+    def _default_step_size(self) -> float:
+        return self.eps
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradAlignSettings(FastATSettings):
+    """`AdversarialSettings` of `GradAlign`; step_size is 1.25 eps by default.
+
+    Args:
+        penalty: the weight c of 1 − cos; None is the paper's for this eps, see `alignment_penalty`.
+    """
+
+    penalty: float | None = None
+
+    @property
+    def alignment_penalty(self) -> float:
+        """The penalty in use; by default 0.2 · 10^((255 eps − 8)/8), which the released code tabulates."""
+        return 0.2 * 10.0 ** ((255.0 * self.eps - 8.0) / 8.0) if self.penalty is None else self.penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDATSettings(AdversarialSettings):
+    """`AdversarialSettings` of `PGDAT`; step_size is eps/attack_steps by default, but no less than eps/4.
+
+    That is eps/2 for two steps, and 2/255 for ten at eps = 8/255.
+
+    Args:
+        attack_steps: sign steps of the attack.
+    """
+
+    attack_steps: int = 2
+
+    def _default_step_size(self) -> float:
+        return self.eps / min(self.attack_steps, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADESSettings(PGDATSettings):
+    """`PGDATSettings` of `TRADES`.
+
+    Args:
+        attack_steps: sign steps of the attack.
+        beta: weight of the KL divergence.
+    """
+
+    attack_steps: int = 10
+    beta: float = 6.0
+
+
+SettingsT = TypeVar("SettingsT", bound=PlainSettings)
+AdversarialSettingsT = TypeVar("AdversarialSettingsT", bound=AdversarialSettings)
+
+
+class Rule(ABC, Generic[SettingsT]):
+    """A `StepRule`: checks the batch, leaves the method's gradient in every `.grad`, steps the optimizer.
+
+    Parameters that do not require a gradient are left alone, `.grad` included; parameters that the loss does
+    not use end with `.grad` None. Raises TypeError if an argument is not of its type.
+    """
+
+    settings_type: ClassVar[type[PlainSettings]]
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: SettingsT) -> None:
+        wanted = {
+            "model": (model, nn.Module),
+            "optimizer": (optimizer, Optimizer),
+            "settings": (settings, self.settings_type),
+        }
+        for name, (value, kind) in wanted.items():
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
+
+    def step(self, x: Tensor, y: Tensor) -> StepResult:
+        """Updates the model once.
+
+        x: [N, ...] float32 or float64, in [clip_min, clip_max] (unchecked: a check would synchronise with the
+        device). y: [N] int64. Raises TypeError or ValueError, naming the argument, for other dtypes or
+        shapes.
+        """
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
+        if y.dtype != torch.int64:
+            raise TypeError(f"y must be class labels, torch.int64, got {y.dtype}")
+        if x.dim() < 2 or x.shape[0] == 0:
+            raise ValueError(f"x must be a batch, [N, ...] with N >= 1, got shape {tuple(x.shape)}")
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, enabled=False):  # forwards choose their own; see `precision`
+            result = self._backward(x.detach(), y)
+        self.optimizer.step()
+        return result
+
+    @abstractmethod
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        """Leaves the method's gradient in every parameter's `.grad`, all of them None before."""
+
+    def _descend(self, x: Tensor, y: Tensor) -> StepResult:
+        """One forward and backward of the mean cross-entropy at x; fills x.grad too if x requires it."""
+        logits = self._logits(x)
+        loss = F.cross_entropy(logits, y)
+        torch.autograd.backward(loss)
+        return StepResult(loss.detach(), logits.detach())
+
+    def _logits(self, x: Tensor) -> Tensor:
+        with self._autocast(x):
+            logits: Tensor = self.model(x)
+        return _at_least_float32(logits)
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        # Without the weight cache: inside a caller's own autocast it would outlive this step and hand the next
+        # one the old weights; and a net uses each weight once a forward, so it would save nothing.
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+class Box(TypedDict):
+    """The images' range, as the ops take it."""
+
+    clip_min: float
+    clip_max: float
+
+
+class AdversarialRule(Rule[AdversarialSettingsT]):
+    """A rule that attacks with gradients of the input."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: AdversarialSettingsT) -> None:
+        super().__init__(model, optimizer, settings)
+        self._box: Box = {"clip_min": settings.clip_min, "clip_max": settings.clip_max}
+
+    def _input_gradient(self, loss_fn: LossFn, x: Tensor, y: Tensor) -> Tensor:
+        """∇ₓ loss_fn(model(x), y): two sweeps; nothing is kept for the weights' gradients."""
+        x = x.detach().requires_grad_()
+        with frozen_parameters(self.model):
+            (grad,) = torch.autograd.grad(loss_fn(self._logits(x), y), x)
+        return grad
+
+    def _sign_step(self, x_adv: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        """One ascent step on the cross-entropy, into the box and the ball of radius eps around x."""
+        grad = self._input_gradient(cross_entropy_sum, x_adv, y)
+        return ops.pgd_step(x_adv, x, grad, self.settings.attack_step_size, eps, **self._box)
+
+    def _linearize(self, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linearization:
+        with self._autocast(x):
+            return linearize(self.model, loss_fn, x, y)
+
+    def _add_to_grad(self, products: dict[str, Tensor]) -> None:
+        """Adds to the gradients of the last backward; a parameter without one is unused and stays so."""
+        for name, parameter in self.model.named_parameters():
+            if name in products and parameter.grad is not None:
+                parameter.grad += products[name]
+
+
+class Plain(Rule[PlainSettings]):
+    """Normal training, the unit of every cost: one forward, one backward. Three sweeps.
+
+    >>> rule = Plain(model, torch.optim.SGD(model.parameters(), lr=0.1), PlainSettings())
+    >>> loss = rule.step(x, y).loss
+    """
+
+    settings_type = PlainSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        return self._descend(x, y)
+
+
+class FastAT(AdversarialRule[FastATSettings]):
+    """Fast adversarial training: uniform random start in the ball, one sign step, projected. Five sweeps.
+
+    Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training", ICLR 2020, algorithm 3.
+
+    >>> rule = FastAT(model, torch.optim.SGD(model.parameters(), lr=0.1), FastATSettings(eps=8 / 255))
+    >>> loss = rule.step(x, y).loss
+    """
+
+    settings_type = FastATSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        start = ops.random_start(x, self.settings.eps, **self._box)
+        return self._descend(self._sign_step(start, x, y, self.settings.eps), y)
+
+
+class NFGSMAT(AdversarialRule[NFGSMATSettings]):
+    """N-FGSM: uniform noise of radius 2 eps, one sign step, no projection to the ball. Five sweeps.
+
+    de Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training", NeurIPS 2022,
+    algorithm 1 with k = 2 eps; noise and result are clipped to the box, as the released code does.
+
+    >>> rule = NFGSMAT(model, torch.optim.SGD(model.parameters(), lr=0.1), NFGSMATSettings(eps=8 / 255))
+    >>> loss = rule.step(x, y).loss
+    """
+
+    settings_type = NFGSMATSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        noise = 2.0 * self.settings.eps
+        start = ops.random_start(x, noise, **self._box)
+        # A ball that holds noise and step leaves only the box to project to.
+        return self._descend(self._sign_step(start, x, y, noise + self.settings.attack_step_size), y)
+
+
+class PGDAT(AdversarialRule[PGDATSettings]):
+    """PGD adversarial training: random start, k = attack_steps projected sign steps. 2k + 3 sweeps.
+
+    Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial Attacks",
+    ICLR 2018, equation 2.1.
+
+    >>> rule = PGDAT(model, torch.optim.SGD(model.parameters(), lr=0.1), PGDATSettings(attack_steps=10))
+    >>> loss = rule.step(x, y).loss
+    """
+
+    settings_type = PGDATSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        x_adv = ops.random_start(x, self.settings.eps, **self._box)
+        for _ in range(self.settings.attack_steps):
+            x_adv = self._sign_step(x_adv, x, y, self.settings.eps)
+        return self._descend(x_adv, y)
+
+
+class GradAlign(AdversarialRule[GradAlignSettings]):
+    """FGSM from zero, gradients aligned: CE(x_adv) + c (1 − mean cos(∇ₓℓ(x), ∇ₓℓ(x + η))). Eleven sweeps.
+
+    η is uniform in the ball and not clipped; the gradient at x is held constant, and samples with a zero
+    gradient are left out of the mean, all as in the released code. The penalty's gradient is the mixed
+    product of the loss at x + η with ∂penalty/∂∇ₓℓ(x + η). loss includes the penalty. metrics: "cosine", the
+    mean cosine, whose fall announces catastrophic overfitting.
+
+    Andriushchenko, Flammarion, "Understanding and Improving Fast Adversarial Training", NeurIPS 2020, section
+    5.
+
+    >>> rule = GradAlign(model, torch.optim.SGD(model.parameters(), lr=0.1), GradAlignSettings(eps=8 / 255))
+    >>> cosine = rule.step(x, y).metrics["cosine"]
+    """
+
+    settings_type = GradAlignSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        eps, penalty = self.settings.eps, self.settings.alignment_penalty
+        clean = self._input_gradient(cross_entropy_sum, x, y)
+        x_adv = ops.pgd_step(x, x, clean, self.settings.attack_step_size, eps, **self._box)
+        result = self._descend(x_adv, y)
+
+        at_noise = self._linearize(cross_entropy_sum, x + torch.empty_like(x).uniform_(-eps, eps), y)
+        noisy = at_noise.grad_input.requires_grad_()
+        with torch.enable_grad():
+            cosine = _mean_cosine(clean, noisy)
+        (u,) = torch.autograd.grad(-penalty * cosine, noisy)
+        self._add_to_grad(at_noise.mixed_hvp(u))
+
+        cosine = cosine.detach()
+        return StepResult(result.loss + penalty * (1.0 - cosine), result.logits, {"cosine": cosine})
+
+
+class TRADES(AdversarialRule[TRADESSettings]):
+    """TRADES: CE(x) + β KL(p(x) ‖ p(x_adv)), x_adv by k = attack_steps sign steps on the KL. 2k + 7 sweeps.
+
+    The attack starts from Gaussian noise of deviation 0.001 and runs in eval mode, with p(x) computed once.
+    The forward at x serves both terms, so BatchNorm's running statistics move twice a step (three times in
+    the released code). logits are those at x_adv; metrics: "cross_entropy" and "kl", means.
+
+    Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, "Theoretically Principled Trade-off between Robustness and
+    Accuracy", ICML 2019, algorithm 1.
+
+    >>> rule = TRADES(model, torch.optim.SGD(model.parameters(), lr=0.1), TRADESSettings(beta=6.0))
+    >>> loss = rule.step(x, y).loss
+    """
+
+    settings_type = TRADESSettings
+
+    def _backward(self, x: Tensor, y: Tensor) -> StepResult:
+        settings = self.settings
+        with eval_mode(self.model):
+            with torch.no_grad():
+                clean = self._logits(x).softmax(dim=1)
+            x_adv = x + 0.001 * torch.randn_like(x)
+            for _ in range(settings.attack_steps):
+                grad = self._input_gradient(_kl_sum, x_adv, clean)
+                x_adv = ops.pgd_step(x_adv, x, grad, settings.attack_step_size, settings.eps, **self._box)
+
+        clean_logits, logits = self._logits(x), self._logits(x_adv)
+        cross_entropy = F.cross_entropy(clean_logits, y)
+        kl = _kl_sum(logits, clean_logits.softmax(dim=1)) / x.shape[0]
+        loss = cross_entropy + settings.beta * kl
+        torch.autograd.backward(loss)
+        metrics = {"cross_entropy": cross_entropy.detach(), "kl": kl.detach()}
+        return StepResult(loss.detach(), logits.detach(), metrics)
+
+
+def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
+    """ΣCE over the batch, so that a sample's input gradient does not depend on the batch size."""
+    return F.cross_entropy(_at_least_float32(logits), y, reduction="sum")
+
+
+def _kl_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """ΣKL(target ‖ softmax(logits)) over the batch."""
+    return F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
+
+
+def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over the samples of which neither a nor b is zero; without a host synchronisation."""
+    a, b = a.flatten(1), b.flatten(1)
+    size = a.norm(dim=1) * b.norm(dim=1)
+    counted = size > 0
+    cosine = (a * b).sum(dim=1) / size.where(counted, 1.0)
+    mean: Tensor = cosine.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    return mean
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,160 @@
+"""Checkpoints on disk: whole or not at all, verified when read, and free of code.
+
+A checkpoint is a file of ``torch.save`` followed by a marker and the SHA-256 digest of all before it; plain
+``torch.load(path, weights_only=True)`` reads it too, without the verification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["VERSION", "CheckpointError", "fingerprint", "load", "load_weights", "save", "write_atomically"]
+
+VERSION = 1
+
+#: Between the data and their digest; zip readers skip what follows an archive.
+_MARKER = b"blokern checkpoint\n"
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or does not belong to what it is loaded into."""
+
+
+def save(path: str | Path, payload: Mapping[str, Any]) -> None:
+    """Write ``payload``, which holds tensors, numbers, strings, and dicts, lists and tuples of them.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; ``path`` still holds what it held before.
+
+    >>> save("runs/a/last.pt", {"model": model.state_dict()})
+    >>> load("runs/a/last.pt")["model"]
+    """
+    # Into memory first: torch's own writer hides a full disk behind an internal error.
+    buffer = io.BytesIO()
+    torch.save({**payload, "version": VERSION}, buffer)
+    buffer.write(_MARKER)
+    # torch's zip stores checksums but torch.load does not look at them, and they leave out the directory.
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The payload that :func:`save` wrote, its tensors on the CPU; nothing in the file is executed.
+
+    Raises:
+        OSError: the file cannot be read.
+        CheckpointError: it is damaged, of another program, or of another version of the format.
+
+    >>> payload = load("runs/a/last.pt")
+    >>> payload["version"]
+    1
+    """
+    body, _ = _read(path)
+    try:
+        payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read by torch {torch.__version__}: {error}") from error
+    if payload["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {payload['version']}, but this blokern reads format {VERSION}"
+        )
+    return dict(payload)
+
+
+def fingerprint(path: str | Path) -> str:
+    """The SHA-256 digest of a checkpoint, in hexadecimal digits: equal for equal contents.
+
+    Raises:
+        OSError, CheckpointError: as :func:`load`.
+
+    >>> fingerprint("runs/a/best.pt") == fingerprint("runs/a/last.pt")
+    True
+    """
+    return _read(path)[1].hex()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """``model.load_state_dict(weights)``, with a message that sums up what does not fit.
+
+    Raises:
+        CheckpointError: names or shapes differ; the model is unchanged.
+
+    >>> load_weights(model, load("runs/a/best.pt")["model"], "runs/a/best.pt")
+    """
+    expected = model.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown to the model": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} {list(weights[name].shape)} for {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"{source} is of another architecture: weights {'; '.join(found)}")
+    model.load_state_dict(weights)
+
+
+def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
+    """Make ``data`` the content of ``path``, all of it or nothing, through a temporary file beside it.
+
+    Raises:
+        OSError: naming ``path``, which holds what it held before.
+
+    >>> write_atomically("runs/a/settings.yaml", b"eps: 0.1\\n")
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # torch or the system named the temporary file, or none
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str | Path) -> tuple[memoryview, bytes]:
+    """What the digest at the end is of, and the digest, verified."""
+    data = memoryview(Path(path).read_bytes())
+    body, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
+    if bytes(body[-len(_MARKER) :]) != _MARKER:
+        raise CheckpointError(f"{path} is not a checkpoint of blokern, or was cut short")
+    if hashlib.sha256(body).digest() != digest:
+        raise CheckpointError(f"{path} is damaged: its checksum does not match")
+    return body, bytes(digest)
+
+
+def _some(names: Any, limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f", … {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

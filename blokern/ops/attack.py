@@ -1,0 +1,314 @@
+"""Fused perturbation steps: one pass over memory where eager PyTorch takes seven to twenty.
+
+All take images of shape [N, ...] (float64, float32, bfloat16 or float16, any layout), treat the first dimension as
+samples, work per sample, are deterministic whatever the number of threads, and have no derivative: an argument that
+requires grad outside ``torch.no_grad()`` is a ValueError. Arithmetic is at least float32.
+
+`eps` and `step_size` are floats or tensors of shape [N]; `active`, a bool tensor [N], leaves samples where it is
+false as they are. Every function raises ValueError for a value, shape, device or name that does not fit and TypeError
+for a type that does not, naming the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from blokern._backend import C
+from blokern._names import unknown_name
+from blokern.ops.types import Norm, PerSample
+
+__all__ = ["apgd_step_", "fast_bat_step", "pgd_step", "pgd_step_", "project", "project_", "random_start"]
+
+_NORMS = ("linf", "l2", "l1")
+
+
+def pgd_step(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """One projected-gradient ascent step, as a new tensor laid out like `x_adv`.
+
+    x_adv + step_size · direction, projected onto {‖x_adv − x‖ ≤ eps}, then clipped to [clip_min, clip_max]. The
+    direction is sign(grad) for "linf", grad/‖grad‖₂ for "l2", grad/‖grad‖₁ for "l1", and zero where the norm is zero;
+    for "l1" the projection is the exact Euclidean one onto ball and box together.
+
+    x_adv, x, grad: [N, ...] of one dtype; float32 images also take bfloat16 or float16 gradients, as autocast
+    leaves them. Source: Madry et al., ICLR 2018; for "l1" Croce & Hein, ICML 2021, Proposition 3.1.
+
+    >>> x = torch.tensor([[0.5, 0.9]]); grad = torch.tensor([[1.0, 2.0]])
+    >>> pgd_step(x, x, grad, 0.2, 0.1)
+    tensor([[0.6000, 1.0000]])
+    """
+    step_size, eps = _sizes(x_adv, step_size, eps)
+    args = (x_adv, x, grad, step_size, eps, clip_min, clip_max, active)
+    return cast(Tensor, _call("pgd_step", norm, "", args))
+
+
+def pgd_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """:func:`pgd_step` in place: writes `x_adv`, bumps its version, returns it. The form for an attack's loop.
+
+    `x_adv` may not share part of its memory with `x` or `grad`, nor be an expanded tensor (ValueError).
+
+    >>> x = torch.full((1, 2), 0.5); x_adv = x.clone()
+    >>> pgd_step_(x_adv, x, torch.tensor([[3.0, 4.0]]), 1.0, 0.1, norm="l2")
+    tensor([[0.5600, 0.5800]])
+    """
+    step_size, eps = _sizes(x_adv, step_size, eps)
+    _call("pgd_step", norm, "_", (x_adv, x, grad, step_size, eps, clip_min, clip_max, active))
+    return x_adv
+
+
+def project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """x_adv brought back into {‖x_adv − x‖ ≤ eps} ∩ [clip_min, clip_max]: :func:`pgd_step` without a step.
+
+    "linf" and "l2" go to the ball, then to the box; "l1" is the exact Euclidean projection onto their intersection
+    (no sort: a root of one monotone function). Where x itself is so far outside the box that the two do not meet, the
+    box wins.
+
+    >>> project(torch.tensor([[0.9, 0.5]]), torch.tensor([[0.5, 0.5]]), 0.1, norm="l1")
+    tensor([[0.6000, 0.5000]])
+    """
+    (eps,) = _sizes(x_adv, eps)
+    return cast(Tensor, _call("project", norm, "", (x_adv, x, eps, clip_min, clip_max, active)))
+
+
+def project_(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    """:func:`project` in place: writes `x_adv`, bumps its version, returns it.
+
+    >>> project_(torch.tensor([[0.9, 0.5]]), torch.tensor([[0.5, 0.5]]), 0.1)
+    tensor([[0.6000, 0.5000]])
+    """
+    (eps,) = _sizes(x_adv, eps)
+    _call("project", norm, "_", (x_adv, x, eps, clip_min, clip_max, active))
+    return x_adv
+
+
+def apgd_step_(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    momentum: float = 0.75,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    keep: int | Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """One Auto-PGD step in place: `x_adv` takes the next iterate, `x_prev` the current one; returns `x_adv`.
+
+    z = P(x_adv + step_size · direction), then P(x_adv + momentum · (z − x_adv) + (1 − momentum) · (x_adv − x_prev));
+    with momentum 1, z itself. For "l1" the direction is the sign of a sample's `keep` largest gradient entries (an int,
+    or int64 [N]; None: all) over their number. Source: Croce & Hein, ICML 2020, Algorithm 1, lines 7–8; for "l1"
+    ICML 2021, Algorithm 1.
+
+    >>> x = torch.full((1, 2), 0.5); x_adv, x_prev = x.clone(), x.clone()
+    >>> apgd_step_(x_adv, x_prev, x, torch.tensor([[1.0, -1.0]]), 0.1, 0.2, momentum=1.0)
+    tensor([[0.6000, 0.4000]])
+    """
+    step_size, eps = _sizes(x_adv, step_size, eps)
+    if isinstance(keep, int):
+        keep = torch.full((x_adv.shape[0],), keep, dtype=torch.int64, device=x_adv.device)
+    args = (x_adv, x_prev, x, grad, step_size, eps, momentum, clip_min, clip_max, keep, active)
+    _call("apgd_step", norm, "_", args)
+    return x_adv
+
+
+def random_start(
+    x: Tensor,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x + δ clipped to [clip_min, clip_max], δ uniform in the ball of radius `eps`, drawn anew for each sample.
+
+    Takes one 64-bit seed from `generator` (None: torch's own); from there Philox counters, laid out as
+    csrc/attack/random_start.h says: a sample's draw depends on its index and shape, not on the batch or on threads,
+    and is the same to rounding in every dtype.
+
+    >>> random_start(torch.zeros(2, 3), 0.1, generator=torch.Generator().manual_seed(0)).amax() <= 0.1
+    tensor(True)
+    """
+    (eps,) = _sizes(x, eps)
+    return cast(Tensor, _call("random_start", norm, "", (x, eps, clip_min, clip_max, generator)))
+
+
+def fast_bat_step(
+    z: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Fast-BAT's lower level in closed form: (delta, free).
+
+    delta = P_C(z − step_size · grad), C = {‖δ‖∞ ≤ eps, clip_min ≤ x + δ ≤ clip_max}; note the sign: `grad` is that of
+    the attacker's loss ℓ_atk = −CE at z, and is descended. free (bool) is H_C's diagonal: true where
+    max(−eps, clip_min − x) < z − step_size · grad < min(eps, clip_max − x), so that delta moves with θ there.
+
+    z, x, grad: [N, ...], z a perturbation, not an image. Source: Zhang et al., ICML 2022, eq. 8 and Theorem 1.
+
+    >>> z, x = torch.zeros(1, 3), torch.tensor([[0.5, 0.5, 1.0]])
+    >>> fast_bat_step(z, x, torch.tensor([[-0.05, -1.0, -1.0]]), 1.0, 0.1)
+    (tensor([[0.0500, 0.1000, 0.0000]]), tensor([[ True, False, False]]))
+    """
+    step_size, eps = _sizes(z, step_size, eps)
+    args = (z, x, grad, step_size, eps, clip_min, clip_max)
+    return cast(tuple[Tensor, Tensor], _call("fast_bat_step", None, "", args))
+
+
+# The ops' arguments in order, and those that are not tensors.
+_ARGUMENTS = {
+    "pgd_step": ("x_adv", "x", "grad", "step_size", "eps", "clip_min", "clip_max", "active"),
+    "project": ("x_adv", "x", "eps", "clip_min", "clip_max", "active"),
+    "apgd_step": (
+        *("x_adv", "x_prev", "x", "grad", "step_size", "eps", "momentum", "clip_min", "clip_max"),
+        *("keep", "active"),
+    ),
+    "random_start": ("x", "eps", "clip_min", "clip_max", "generator"),
+    "fast_bat_step": ("z", "x", "grad", "step_size", "eps", "clip_min", "clip_max"),
+}
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "step_size": ("a float or a Tensor", (float, int, Tensor)),
+    "eps": ("a float or a Tensor", (float, int, Tensor)),
+    "momentum": ("a float", (float, int)),
+    "clip_min": ("a float", (float, int)),
+    "clip_max": ("a float", (float, int)),
+    "active": ("a Tensor or None", (Tensor, type(None))),
+    "keep": ("an int, a Tensor or None", (int, Tensor, type(None))),
+    "generator": ("a torch.Generator or None", (torch.Generator, type(None))),
+}
+
+
+def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> Any:
+    """Runs an op: by torch's own handle where torch.compile is tracing, else by the cheaper direct call."""
+    if norm is None:
+        full_name = name
+    elif norm in _NORMS:
+        full_name = f"{name}_{norm}{suffix}"
+    else:
+        raise unknown_name("norm", norm, _NORMS)
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.blokern, full_name)(*args)
+    try:
+        return getattr(C, full_name)(*args)
+    except TypeError:
+        # pybind11 lists signatures without names: say which argument does not fit, if it is one of ours.
+        for argument, value in zip(_ARGUMENTS[name], args, strict=True):
+            expected, kinds = _KINDS.get(argument, ("a Tensor", (Tensor,)))
+            if not isinstance(value, kinds):
+                raise TypeError(f"{argument} must be {expected}, got {type(value).__name__}") from None
+        raise
+
+
+def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
+    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N]."""
+    if not any(isinstance(size, Tensor) for size in sizes):
+        return sizes
+
+    def per_sample(size: PerSample) -> Tensor:
+        if isinstance(size, Tensor):
+            return size.to(torch.float64)
+        return torch.full(images.shape[:1], size, dtype=torch.float64, device=images.device)
+
+    return tuple(per_sample(size) for size in sizes)
+
+
+def _register_fakes() -> None:
+    """Shapes for tracing. The in-place forms return nothing; the others are laid out like their first argument."""
+
+    def like_first(first: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(first)
+
+    def nothing(*_: object) -> None:
+        return None
+
+    def delta_and_free(z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(z), torch.empty_like(z, dtype=torch.bool)
+
+    fakes: dict[str, Any] = {"fast_bat_step": delta_and_free}
+    for norm in _NORMS:
+        fakes |= {f"{op}_{norm}": like_first for op in ("pgd_step", "project", "random_start")}
+        fakes |= {f"{op}_{norm}_": nothing for op in ("pgd_step", "project", "apgd_step")}
+    for name, fake in fakes.items():
+        for overload in ("", ".per_sample"):
+            torch.library.register_fake(f"blokern::{name}{overload}", fake)
+
+
+def _register_vmaps() -> None:
+    """A vmapped dimension joins the samples: every tensor of these ops has the samples first."""
+
+    def rule(op: Any) -> Any:
+        def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+            def joined(arg: Any, dim: int | None) -> Any:
+                if not isinstance(arg, Tensor):
+                    return arg
+                stacked = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+                return stacked.flatten(0, 1)
+
+            def parted(out: Tensor) -> Tensor:
+                return out.view(info.batch_size, out.shape[0] // info.batch_size, *out.shape[1:])
+
+            out = op(*(joined(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+            return (parted(out), 0) if isinstance(out, Tensor) else (tuple(map(parted, out)), (0,) * len(out))
+
+        return batched
+
+    names = ["fast_bat_step", *(f"{op}_{norm}" for op in ("pgd_step", "project") for norm in _NORMS)]
+    for name in names:
+        for overload in ("default", "per_sample"):
+            op = getattr(getattr(torch.ops.blokern, name), overload)
+            torch.library.register_vmap(op, rule(op))
+
+
+_register_fakes()
+_register_vmaps()

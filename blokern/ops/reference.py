@@ -1,0 +1,190 @@
+"""Plain-torch oracles of every op: the definition, written to be read and run in float64, not to be fast.
+
+Each function has the signature of its namesake in :mod:`blokern.ops` and is what the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from blokern.ops.types import Norm, PerSample
+
+__all__ = ["apgd_step_", "fast_bat_step", "pgd_step", "pgd_step_", "project", "project_", "random_start"]
+
+
+def pgd_step(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    moved = x_adv + _rows(step_size, x_adv) * _direction(grad.to(x_adv.dtype), norm)
+    return _where_active(active, _project(moved, x, eps, norm, clip_min, clip_max), x_adv)
+
+
+def pgd_step_(x_adv: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return x_adv.copy_(pgd_step(x_adv, *args, **kwargs))  # type: ignore[arg-type]
+
+
+def project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    active: Tensor | None = None,
+) -> Tensor:
+    return _where_active(active, _project(x_adv, x, eps, norm, clip_min, clip_max), x_adv)
+
+
+def project_(x_adv: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return x_adv.copy_(project(x_adv, *args, **kwargs))  # type: ignore[arg-type]
+
+
+def apgd_step_(
+    x_adv: Tensor,
+    x_prev: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    momentum: float = 0.75,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    keep: int | Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    grad = grad.to(x_adv.dtype)
+    direction = _sparse_sign(grad, keep) if norm == "l1" else _direction(grad, norm)
+    z = _project(x_adv + _rows(step_size, x_adv) * direction, x, eps, norm, clip_min, clip_max)
+    if momentum != 1.0:
+        z = x_adv + momentum * (z - x_adv) + (1.0 - momentum) * (x_adv - x_prev)
+        z = _project(z, x, eps, norm, clip_min, clip_max)
+    x_next, x_last = _where_active(active, z, x_adv), _where_active(active, x_adv, x_prev)
+    x_prev.copy_(x_last)
+    return x_adv.copy_(x_next)
+
+
+def random_start(
+    x: Tensor,
+    eps: PerSample,
+    *,
+    norm: Norm = "linf",
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The distribution, not the bits: uniform in the ball around x, then clipped to the box."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+    n, d = x.shape[0], math.prod(x.shape[1:])
+    if norm == "linf":
+        delta = 2.0 * uniform(n, d) - 1.0
+    elif norm == "l2":  # a Gaussian's direction, and the radius of a uniform point: u^(1/d)
+        gauss = torch.randn(n, d, dtype=torch.float64, generator=generator)
+        delta = gauss / gauss.norm(dim=1, keepdim=True) * uniform(n, 1) ** (1.0 / d)
+    else:  # d + 1 exponentials over their sum are uniform on the simplex: the last one is the slack
+        e = -torch.log1p(-uniform(n, d + 1))
+        sign = 2.0 * (uniform(n, d) < 0.5).double() - 1.0
+        delta = sign * e[:, :d] / e.sum(dim=1, keepdim=True)
+    x_adv = x.double() + _rows(eps, x).double() * delta.view(x.shape)
+    return x_adv.clamp(clip_min, clip_max).to(x.dtype)
+
+
+def fast_bat_step(
+    z: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step_size: PerSample,
+    eps: PerSample,
+    *,
+    clip_min: float = 0.0,
+    clip_max: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    u = z - _rows(step_size, z) * grad.to(z.dtype)
+    r = _rows(eps, z)
+    lower, upper = torch.clamp(clip_min - x, min=-r), torch.clamp(clip_max - x, max=r)
+    return u.clamp(-r, r).clamp(clip_min - x, clip_max - x), (lower < u) & (u < upper)
+
+
+def _rows(value: PerSample, like: Tensor) -> Tensor:
+    """A float or an [N] tensor, shaped to broadcast over the samples of `like`."""
+    t = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return t.view(-1, *([1] * (like.dim() - 1))) if t.dim() else t
+
+
+def _direction(grad: Tensor, norm: Norm) -> Tensor:
+    """The steepest unit direction: sign, g/‖g‖₂ or g/‖g‖₁; zero where the norm is zero."""
+    if norm == "linf":
+        return grad.sign()
+    size = _norm(grad, 2 if norm == "l2" else 1)
+    return torch.where(size == 0, torch.zeros_like(grad), grad / size)
+
+
+def _sparse_sign(grad: Tensor, keep: int | Tensor | None) -> Tensor:
+    """APGD's L1 direction: the signs of a sample's `keep` largest gradient entries, over their number."""
+    n, d = grad.shape[0], math.prod(grad.shape[1:])
+    if d == 0:
+        return grad
+    flat = grad.reshape(n, d)
+    count = torch.as_tensor(d if keep is None else keep, device=grad.device).expand(n).clamp(max=d)
+    threshold = flat.abs().sort(dim=1, descending=True).values.gather(1, (count - 1).view(-1, 1))
+    sign = flat.sign() * (flat.abs() >= threshold)
+    size = sign.abs().sum(dim=1, keepdim=True)
+    return torch.where(size == 0, torch.zeros_like(sign), sign / size).view(grad.shape)
+
+
+def _project(
+    x_adv: Tensor, x: Tensor, eps: PerSample, norm: Norm, clip_min: float, clip_max: float
+) -> Tensor:
+    r = _rows(eps, x)
+    delta = x_adv - x
+    if norm == "linf":
+        return x_adv.clamp(x - r, x + r).clamp(clip_min, clip_max)
+    if norm == "l2":
+        size = _norm(delta, 2)
+        return (x + delta * torch.where(size > r, r / size, torch.ones_like(size))).clamp(clip_min, clip_max)
+    return x + _project_l1_box(delta, r, clip_min - x, clip_max - x)
+
+
+def _project_l1_box(u: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """argmin ‖δ − u‖² over ‖δ‖₁ ≤ eps, lower ≤ δ ≤ upper: clamp(soft(u, τ)) at the root τ of a monotone function.
+
+    Where the box alone has no point inside the ball, the box wins: its point nearest to zero.
+    """
+
+    def at(tau: Tensor) -> Tensor:
+        return (u.sign() * (u.abs() - tau).clamp(min=0)).clamp(lower, upper)
+
+    low = torch.zeros_like(_norm(u, 1))
+    high = _norm(u, 1)
+    inside = _norm(at(low), 1) <= eps
+    for _ in range(128):
+        mid = 0.5 * (low + high)
+        above = _norm(at(mid), 1) > eps
+        low, high = torch.where(above, mid, low), torch.where(above, high, mid)
+    return at(torch.where(inside, torch.zeros_like(high), high))
+
+
+def _norm(t: Tensor, p: int) -> Tensor:
+    samples = t.unsqueeze(1)  # [N] images are samples of one element
+    return samples.abs().pow(p).sum(dim=tuple(range(1, samples.dim())), keepdim=True).pow(1.0 / p).squeeze(1)
+
+
+def _where_active(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if active is None else torch.where(active.view(-1, *([1] * (new.dim() - 1))), new, old)

@@ -1,0 +1,146 @@
+"""Pictures of a run: its curves, its adversarial examples, and the comparison of methods.
+
+Figures are made without pyplot, so there is no window and no state shared with the caller's own plots.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from blokern.bilevel.checkpoint import write_atomically
+
+__all__ = ["comparison", "curves", "examples"]
+
+_PANELS = (
+    ("loss", "training loss"),
+    ("val_accuracy", "standard accuracy, validation (%)"),
+    ("val_robust_accuracy", "robust accuracy, validation (%)"),
+)
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
+    """Draw loss, standard and robust accuracy over the epochs, a line for each run of ``runs``.
+
+    Args:
+        runs: by name, the records that :meth:`blokern.bilevel.trainer.Trainer.fit` returns.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no run, or one without records.
+        OSError: the file cannot be written.
+
+    >>> curves({"fast-bat": trainer.fit()}, "curves.png")
+    """
+    if not runs or not all(runs.values()):
+        raise ValueError(f"runs must hold at least one run with records, got {dict(runs)}")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        scale = 100 if title.endswith("(%)") else 1
+        for name, records in runs.items():
+            epochs = [record["epoch"] for record in records]
+            # Dots as well: a run of one epoch has no line.
+            axes.plot(epochs, [scale * record[key] for record in records], ".-", label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6))
+    _write(figure, path)
+
+
+def examples(
+    clean: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    clean_predictions: Tensor,
+    adversarial_predictions: Tensor,
+    path: str | Path,
+) -> None:
+    """Draw images, their adversarial versions and the amplified difference, with labels and predictions.
+
+    Args:
+        clean, adversarial: [N, C, H, W] in [0, 1], C of 1 or 3.
+        labels, clean_predictions, adversarial_predictions: [N] class numbers.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: shapes that do not go together.
+        OSError: the file cannot be written.
+
+    >>> examples(x, x_adv, y, model(x).argmax(1), model(x_adv).argmax(1), "examples.png")
+    """
+    if clean.ndim != 4 or clean.shape[0] < 1 or clean.shape[1] not in (1, 3):
+        raise ValueError(f"clean must be [N, C, H, W] with C of 1 or 3, got {list(clean.shape)}")
+    if adversarial.shape != clean.shape:
+        raise ValueError(f"adversarial must be {list(clean.shape)} like clean, got {list(adversarial.shape)}")
+    clean, adversarial = clean.detach().cpu().float(), adversarial.detach().cpu().float()
+    difference = adversarial - clean
+    # Grey is no change; the largest change of any image becomes black or white.
+    size = float(difference.abs().max())
+    amplified = 0.5 + difference * (0.5 / size if size > 0 else 0.0)
+
+    figure = Figure(figsize=(1.5 * len(clean) + 0.5, 5.2), layout="constrained")
+    rows = figure.subplots(3, len(clean), squeeze=False)
+    rows[0][0].set_ylabel("clean")
+    rows[1][0].set_ylabel("adversarial")
+    rows[2][0].set_ylabel(f"difference\n(largest: {size:.3g})")
+    for column in range(len(clean)):
+        label = int(labels[column])
+        for row, image in zip(rows, (clean, adversarial, amplified), strict=True):
+            _show(row[column], image[column])
+        for row, predictions in zip(rows, (clean_predictions, adversarial_predictions), strict=False):
+            prediction = int(predictions[column])
+            color = "green" if prediction == label else "red"
+            row[column].set_title(f"{label} → {prediction}", fontsize=9, color=color)
+    figure.suptitle("label → prediction", fontsize=10)
+    _write(figure, path)
+
+
+def comparison(results: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Draw mean accuracies of several methods as bars, with a mark for each seed.
+
+    Args:
+        results: by label of the method, by name of the accuracy, one value in [0, 1] a seed.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no result.
+        OSError: the file cannot be written.
+
+    >>> comparison({"fast-at": {"SA": [0.80, 0.82], "RA": [0.45, 0.47]}}, "comparison.png")
+    """
+    if not results:
+        raise ValueError("results must hold at least one method, got none")
+    names = list(next(iter(results.values())))
+    figure = Figure(figsize=(2 + 1.2 * len(results), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        for position, values in enumerate(results.values()):
+            percent = [100 * value for value in values[name]]
+            place = position + (number - (len(names) - 1) / 2) * width
+            label = name if position == 0 else None
+            axes.bar(place, sum(percent) / len(percent), width, color=f"C{number}", alpha=0.7, label=label)
+            axes.plot([place] * len(percent), percent, "k_")
+    axes.set_xticks(range(len(results)), list(results), rotation=20)
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axes.legend(ncols=len(names))
+    axes.grid(alpha=0.3, axis="y")
+    _write(figure, path)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getbuffer())

@@ -1,0 +1,106 @@
+// The one place for checks of shape, dtype, device and value, and for what they say. A wrong value is a
+// ValueError, a wrong type a TypeError; each names the argument, what came and what was expected.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+#include <optional>
+
+namespace blokern::checks {
+
+inline bool is_half(at::ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
+
+// A batch of images: [N, ...] of a floating type that kernels exist for.
+inline void images(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || is_half(t.scalar_type()), name,
+      " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() >= 1, name, " must have a batch dimension, [N, ...], got a scalar tensor");
+}
+
+// These ops are steps, not layers: a gradient through one would silently be lost.
+inline void constant(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(
+      !(t.requires_grad() && at::GradMode::is_enabled()), name,
+      " requires grad, and this op has no derivative: call it under torch.no_grad(), or detach ", name);
+}
+
+inline void same_shape(const at::Tensor& t, const char* name, const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ",
+                    like.sizes(), ", got ", t.sizes());
+}
+
+inline void same_device(const at::Tensor& t, const char* name, const at::Tensor& like,
+                        const char* like_name) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on the device of ", like_name, ", ",
+                    like.device(), ", got ", t.device());
+}
+
+inline void same_images(const at::Tensor& t, const char* name, const at::Tensor& like,
+                        const char* like_name) {
+  same_shape(t, name, like, like_name);
+  same_device(t, name, like, like_name);
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
+                   like.scalar_type(), ", got ", t.scalar_type());
+}
+
+// A gradient has its images' dtype, or is what autocast leaves of float32 images.
+inline void gradient(const at::Tensor& grad, const at::Tensor& like, const char* like_name) {
+  same_shape(grad, "grad", like, like_name);
+  same_device(grad, "grad", like, like_name);
+  TORCH_CHECK_TYPE(grad.scalar_type() == like.scalar_type() ||
+                       (like.scalar_type() == at::kFloat && is_half(grad.scalar_type())),
+                   "grad must have the dtype of ", like_name, ", ", like.scalar_type(),
+                   like.scalar_type() == at::kFloat ? ", or be bfloat16 or float16" : "", ", got ",
+                   grad.scalar_type());
+}
+
+// One value a sample, of the given dtype.
+inline void row_vector(const at::Tensor& t, const char* name, at::ScalarType dtype, const at::Tensor& like) {
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == like.size(0), name, " must have shape [", like.size(0),
+                    "], one value a sample, got ", t.sizes());
+  same_device(t, name, like, "the images");
+}
+
+inline void finite(double value, const char* name) {
+  TORCH_CHECK_VALUE(std::isfinite(value), name, " must be finite, got ", value);
+}
+
+inline void radius(double value, const char* name) {
+  TORCH_CHECK_VALUE(value >= 0, name, " must be at least 0, got ", value);
+}
+
+inline void box(double min, double max) {
+  TORCH_CHECK_VALUE(min <= max, "clip_min must be at most clip_max, got clip_min=", min,
+                    " and clip_max=", max);
+}
+
+// A tensor that is written in place must have one place for each element.
+inline void writable(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(
+      at::has_internal_overlap(t) != at::MemOverlap::Yes, name,
+      " is written in place, and some of its elements share memory (an expanded tensor?): clone it first");
+}
+
+// Reading an input while writing `t` is sound where they are apart, or exactly the same.
+inline void apart_or_same(const at::Tensor& t, const char* name, const at::Tensor& input,
+                          const char* input_name) {
+  const auto status = at::get_overlap_status(t, input);
+  TORCH_CHECK_VALUE(status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::Full ||
+                        t.numel() == 0 || status == at::MemOverlapStatus::TooHard,
+                    name, " is written in place and shares part of its memory with ", input_name,
+                    ": clone one of them first");
+}
+
+inline void apart(const at::Tensor& t, const char* name, const at::Tensor& other, const char* other_name) {
+  const auto status = at::get_overlap_status(t, other);
+  TORCH_CHECK_VALUE(
+      status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::TooHard || t.numel() == 0, name,
+      " and ", other_name, " are both written in place and share memory: clone one of them first");
+}
+
+}  // namespace blokern::checks

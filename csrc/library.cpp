@@ -1,0 +1,55 @@
+// Every op's schema, on one page. Kernels: <family>/register_<device>.cpp; fakes: blokern/ops/<family>.py.
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+// NORM is linf, l2 and l1. NUMBER is float, or (overload "per_sample") a float64 Tensor of shape [N].
+// x_adv, x, grad and the like are [N, ...]; active is bool [N], and a sample where it is false stays as it
+// is.
+constexpr const char* kAttack[] = {
+    "pgd_step_NORM(Tensor x_adv, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min,"
+    " float clip_max, Tensor? active) -> Tensor",
+    "pgd_step_NORM_(Tensor(a!) x_adv, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min,"
+    " float clip_max, Tensor? active) -> ()",
+    "project_NORM(Tensor x_adv, Tensor x, NUMBER eps, float clip_min, float clip_max, Tensor? active) -> "
+    "Tensor",
+    "project_NORM_(Tensor(a!) x_adv, Tensor x, NUMBER eps, float clip_min, float clip_max, Tensor? active) "
+    "-> ()",
+    "apgd_step_NORM_(Tensor(a!) x_adv, Tensor(b!) x_prev, Tensor x, Tensor grad, NUMBER step_size, NUMBER "
+    "eps,"
+    " float momentum, float clip_min, float clip_max, Tensor? keep, Tensor? active) -> ()",
+    "random_start_NORM(Tensor x, NUMBER eps, float clip_min, float clip_max, Generator? generator) -> Tensor",
+};
+constexpr const char* kFastBat =
+    "fast_bat_step(Tensor z, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min, float "
+    "clip_max)"
+    " -> (Tensor delta, Tensor free)";
+
+std::string replaced(std::string text, const std::string& word, const std::string& by) {
+  for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
+    text.replace(at, word.size(), by);
+  return text;
+}
+
+void define(torch::Library& m, const std::string& schema) {
+  const bool is_random = schema.find("Generator") != std::string::npos;
+  const std::vector<at::Tag> tags =
+      is_random ? std::vector{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded}
+                : std::vector{at::Tag::pt2_compliant_tag};
+  m.def(replaced(schema, "NUMBER", "float").c_str(), tags);
+  const size_t name_end = schema.find('(');
+  m.def((schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"))
+            .c_str(),
+        tags);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(blokern, m) {
+  for (const char* schema : kAttack) {
+    for (const char* norm : {"linf", "l2", "l1"}) define(m, replaced(schema, "NORM", norm));
+  }
+  define(m, kFastBat);
+}

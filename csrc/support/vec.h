@@ -1,0 +1,280 @@
+// Lanes: a fixed number of elements at once, in the compiler's own vector types (g++ and clang), which become
+// whatever registers the instruction set has: SSE2, AVX2, AVX-512, NEON. Gives support/math.h's words, loads
+// and stores with conversion, and reductions of a fixed order. CPU only.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "support/math.h"
+
+namespace blokern {
+
+// Arithmetic happens in float for half types and float, in double for double.
+template <class T>
+using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// One register.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int size = kVectorBytes / sizeof(A);
+};
+
+// 128 bytes, in as many registers as that takes: sums then run in the same order on every instruction set,
+// and never as one chain.
+constexpr int kParts = 128 / kVectorBytes;
+
+template <class A>
+struct Lanes {
+  using V = typename Vector<A>::type;
+  V v[kParts];
+
+  static constexpr int64_t size() { return kParts * Vector<A>::size; }
+
+  Lanes() : v{} {}
+  Lanes(A value) {  // NOLINT: a scalar broadcasts wherever a formula has a constant
+    for (V& part : v) part = value - V{};
+  }
+
+  friend Lanes operator+(Lanes p, const Lanes& q) {
+    for (int k = 0; k < kParts; ++k) p.v[k] += q.v[k];
+    return p;
+  }
+  friend Lanes operator-(Lanes p, const Lanes& q) {
+    for (int k = 0; k < kParts; ++k) p.v[k] -= q.v[k];
+    return p;
+  }
+  friend Lanes operator*(Lanes p, const Lanes& q) {
+    for (int k = 0; k < kParts; ++k) p.v[k] *= q.v[k];
+    return p;
+  }
+  friend Lanes operator-(Lanes p) {
+    for (V& part : p.v) part = -part;
+    return p;
+  }
+};
+
+// A comparison's outcome: all bits of an element set where it holds.
+template <class A>
+struct Mask {
+  using V = decltype(typename Lanes<A>::V{} < typename Lanes<A>::V{});
+  V v[kParts];
+
+  friend Mask operator&(Mask p, const Mask& q) {
+    for (int k = 0; k < kParts; ++k) p.v[k] &= q.v[k];
+    return p;
+  }
+};
+
+template <class A>
+inline Mask<A> less(const Lanes<A>& p, const Lanes<A>& q) {
+  Mask<A> m;
+  for (int k = 0; k < kParts; ++k) m.v[k] = p.v[k] < q.v[k];
+  return m;
+}
+
+template <class A>
+inline Lanes<A> where(const Mask<A>& m, Lanes<A> p, const Lanes<A>& q) {
+  for (int k = 0; k < kParts; ++k) p.v[k] = m.v[k] ? p.v[k] : q.v[k];
+  return p;
+}
+
+template <class A>
+inline Lanes<A> clamp(Lanes<A> v, const Lanes<A>& lo, const Lanes<A>& hi) {
+  v = where(less(v, lo), lo, v);
+  return where(less(hi, v), hi, v);
+}
+
+template <class A>
+inline Lanes<A> larger(const Lanes<A>& p, const Lanes<A>& q) {
+  return where(less(q, p), p, q);
+}
+
+template <class A>
+inline Lanes<A> absolute(const Lanes<A>& v) {
+  return where(less(v, Lanes<A>()), -v, v);
+}
+
+template <class A>
+inline Lanes<A> sign(const Lanes<A>& v) {
+  const Lanes<A> zero, one(A(1));
+  return where(less(zero, v), one, where(less(v, zero), -one, zero));
+}
+
+template <class A>
+inline double sum(const Lanes<A>& lanes) {
+  double total = 0;
+  for (const auto& part : lanes.v) {
+    for (int i = 0; i < Vector<A>::size; ++i) total += static_cast<double>(part[i]);
+  }
+  return total;
+}
+
+template <class A>
+inline A maximum(const Lanes<A>& lanes) {
+  A top = lanes.v[0][0];
+  for (const auto& part : lanes.v) {
+    for (int i = 0; i < Vector<A>::size; ++i) top = larger<A>(top, part[i]);
+  }
+  return top;
+}
+
+// ---- One vector from and to memory, converting half types.
+
+using Floats = Vector<float>::type;
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class To, class From>
+inline To bit_copy(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V, class T>
+inline V load_raw(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline Vector<double>::type load_vector(const double* p) { return load_raw<Vector<double>::type>(p); }
+inline Floats load_vector(const float* p) { return load_raw<Floats>(p); }
+inline void store_vector(double* p, Vector<double>::type v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store_vector(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+// A bfloat16 is a float's upper half.
+inline Floats load_vector(const c10::BFloat16* p) {
+  return bit_copy<Floats>(__builtin_convertvector(load_raw<Bits16>(p), Bits32) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline void store_vector(c10::BFloat16* p, Floats v) {
+  const auto bits = bit_copy<Bits32>(v);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const auto half = __builtin_convertvector(is_nan ? Bits32{} + 0x7fc0u : rounded, Bits16);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+// AVX-512 in its masked forms: gcc 12 warns of its own headers in the plain ones.
+inline Floats load_vector(const c10::Half* p) {
+#if defined(__AVX512F__)
+  return bit_copy<Floats>(_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return bit_copy<Floats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
+#else
+  Floats v;
+  for (int i = 0; i < Vector<float>::size; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+inline void store_vector(c10::Half* p, Floats v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, bit_copy<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof(half));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(bit_copy<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof(half));
+#else
+  for (int i = 0; i < Vector<float>::size; ++i) p[i] = static_cast<c10::Half>(v[i]);
+#endif
+}
+
+// ---- Lanes from and to memory.
+
+// How much of a Lanes is in play: all of it, or the first `count` at a row's end.
+struct Full {};
+struct Tail {
+  int64_t count;
+};
+
+template <class A, class T>
+inline Lanes<A> load(const T* p, Full) {
+  Lanes<A> lanes;
+  for (int k = 0; k < kParts; ++k) lanes.v[k] = load_vector(p + k * Vector<A>::size);
+  return lanes;
+}
+
+// Lanes beyond the tail are zero.
+template <class A, class T>
+inline Lanes<A> load(const T* p, Tail tail) {
+  std::array<T, Lanes<A>::size()> buffer{};
+  for (int64_t i = 0; i < tail.count; ++i) buffer[i] = p[i];
+  return load<A>(buffer.data(), Full{});
+}
+
+template <class A, class T>
+inline void store(T* p, const Lanes<A>& v, Full) {
+  for (int k = 0; k < kParts; ++k) store_vector(p + k * Vector<A>::size, v.v[k]);
+}
+
+template <class A, class T>
+inline void store(T* p, const Lanes<A>& v, Tail tail) {
+  std::array<T, Lanes<A>::size()> buffer;
+  store(buffer.data(), v, Full{});
+  for (int64_t i = 0; i < tail.count; ++i) p[i] = buffer[i];
+}
+
+template <class A>
+inline void store(bool* p, const Mask<A>& m, Full) {
+  for (int k = 0; k < kParts; ++k) {
+    for (int i = 0; i < Vector<A>::size; ++i) p[k * Vector<A>::size + i] = m.v[k][i] != 0;
+  }
+}
+
+template <class A>
+inline void store(bool* p, const Mask<A>& m, Tail tail) {
+  std::array<bool, Lanes<A>::size()> buffer;
+  store(buffer.data(), m, Full{});
+  for (int64_t i = 0; i < tail.count; ++i) p[i] = buffer[i];
+}
+
+// ---- Walks over a row.
+
+// body(i, width) over the elements [begin, end): full lanes, then at most one tail.
+template <class A, class Body>
+inline void sweep(int64_t begin, int64_t end, Body&& body) {
+  constexpr int64_t width = Lanes<A>::size();
+  int64_t i = begin;
+  for (; i + width <= end; i += width) body(i, Full{});
+  if (i < end) body(i, Tail{end - i});
+}
+
+// K sums over [0, n): body(i, width, sums) adds into lanes; every block of lanes is then added up in double,
+// so that rounding does not grow with n.
+template <class A, int K, class Body>
+inline std::array<double, K> sums(int64_t n, Body&& body) {
+  constexpr int64_t block = 128 * Lanes<A>::size();
+  std::array<double, K> total{};
+  for (int64_t begin = 0; begin < n; begin += block) {
+    std::array<Lanes<A>, K> part{};
+    sweep<A>(begin, begin + block < n ? begin + block : n,
+             [&](int64_t i, auto width) { body(i, width, part); });
+    for (int k = 0; k < K; ++k) total[k] += sum(part[k]);
+  }
+  return total;
+}
+
+}  // namespace blokern

@@ -1,0 +1,245 @@
+"""What the attack ops promise to torch (schemas, tracing, versions) and to a caller who is wrong."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from ops_cases import NORMS, calls, images
+from torch import Tensor
+from torch.library import opcheck
+
+from blokern import ops
+
+OPS = ("pgd_step", "pgd_step_", "project", "project_", "apgd_step_")
+ALL = [*itertools.product(OPS, NORMS), ("fast_bat_step", "linf")]
+
+
+def _overload_args(op: str, per_sample: bool) -> tuple[object, ...]:
+    x_adv, x, grad = images((3, 2, 5))
+    size = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) if per_sample else 0.1
+    active = torch.tensor([True, False, True])
+    return {
+        "pgd_step": (x_adv, x, grad, size, size, 0.0, 1.0, active),
+        "project": (x_adv, x, size, 0.0, 1.0, None),
+        "apgd_step": (x_adv, x.clone(), x, grad, size, size, 0.75, 0.0, 1.0, None, active),
+        "random_start": (x, size, 0.0, 1.0, None),
+        "fast_bat_step": (x_adv - x, x, grad, size, size, 0.0, 1.0),
+    }[op]
+
+
+SCHEMAS = [
+    *(f"{op}_{norm}{tail}" for op in ("pgd_step", "project") for norm in NORMS for tail in ("", "_")),
+    *(f"apgd_step_{norm}_" for norm in NORMS),
+    *(f"random_start_{norm}" for norm in NORMS),
+    "fast_bat_step",
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("overload", ["default", "per_sample"])
+def test_opcheck(schema: str, overload: str) -> None:
+    stem = next(
+        s
+        for s in ("apgd_step", "pgd_step", "project", "random_start", "fast_bat_step")
+        if schema.startswith(s)
+    )
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if stem != "random_start":  # a new draw each call has nothing to compare itself with
+        tests.append("test_aot_dispatch_dynamic")
+    op = getattr(getattr(torch.ops.blokern, schema), overload)
+    opcheck(op, _overload_args(stem, overload == "per_sample"), test_utils=tests)
+
+
+def test_every_schema_is_checked_here() -> None:
+    registered = {
+        s.name.removeprefix("blokern::")
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("blokern::")
+    }
+    assert registered == set(SCHEMAS)
+
+
+@pytest.mark.parametrize(("op", "norm"), ALL)
+def test_compiles_in_one_graph_to_the_same_bits(op: str, norm: str) -> None:
+    torch._dynamo.reset()
+    call = calls(ops, norm)[op]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    tensors = images((3, 3, 6, 10))
+    for got, want in zip(compiled(*tensors), call(*tensors), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_inductor_compiles_a_loop() -> None:
+    torch._dynamo.reset()
+
+    def loop(x: Tensor, grad: Tensor) -> Tensor:
+        x_adv = ops.random_start(x, 0.1)
+        for _ in range(3):
+            ops.pgd_step_(x_adv, x, grad, 0.02, 0.1)
+        return x_adv
+
+    _, x, grad = images((3, 3, 6, 10))
+    torch.manual_seed(0)
+    want = loop(x, grad)
+    torch.manual_seed(0)
+    assert torch.equal(torch.compile(loop, fullgraph=True)(x, grad), want)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_vmap(norm: str) -> None:
+    x_adv, x, grad = (t.view(4, 3, 3, 6, 5) for t in images((12, 3, 6, 5)))
+    eps = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    step = lambda a, b, g: ops.pgd_step(a, b, g, 0.1, eps, norm=norm)  # noqa: E731
+    want = torch.stack([step(a, b, g) for a, b, g in zip(x_adv, x, grad, strict=True)])
+    assert torch.equal(torch.vmap(step)(x_adv, x, grad), want)
+    moved = torch.vmap(step, in_dims=(1, 0, 0))(x_adv.transpose(0, 1), x, grad)
+    assert torch.equal(moved, want)
+    shared = torch.vmap(lambda g: ops.pgd_step(x_adv[0], x[0], g, 0.1, 0.2, norm=norm))(grad)
+    assert torch.equal(shared[1], ops.pgd_step(x_adv[0], x[0], grad[1], 0.1, 0.2, norm=norm))
+    projected = torch.vmap(lambda a, b: ops.project(a, b, 0.1, norm=norm))(x_adv, x)
+    assert torch.equal(projected[2], ops.project(x_adv[2], x[2], 0.1, norm=norm))
+    delta, free = torch.vmap(lambda a, b, g: ops.fast_bat_step(a, b, g, 0.1, 0.2))(x_adv - x, x, grad)
+    assert torch.equal(delta[3], ops.fast_bat_step((x_adv - x)[3], x[3], grad[3], 0.1, 0.2)[0])
+    assert free.dtype == torch.bool
+
+
+def test_in_place_bumps_the_version_and_autograd_notices() -> None:
+    x_adv, x, grad = images((2, 3, 4, 4))
+    x_prev = x_adv.clone()
+    for call in (
+        lambda: ops.pgd_step_(x_adv, x, grad, 0.1, 0.1),
+        lambda: ops.project_(x_adv, x, 0.1, norm="l2"),
+        lambda: ops.apgd_step_(x_adv, x_prev, x, grad, 0.1, 0.1),
+    ):
+        before = x_adv._version
+        assert call() is x_adv
+        assert x_adv._version > before
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * x_adv).sum()
+    ops.pgd_step_(x_adv, x, grad, 0.1, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_works_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x_adv, x, grad = images((2, 3, 4, 4))
+        assert torch.equal(
+            ops.pgd_step_(x_adv.clone(), x, grad, 0.1, 0.1), ops.pgd_step(x_adv, x, grad, 0.1, 0.1)
+        )
+
+
+WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], object]]] = [
+    (ValueError, "eps must be at least 0, got -0.1", lambda a, x, g: ops.pgd_step_(a, x, g, 0.1, -0.1)),
+    (ValueError, "eps must be at least 0, got nan", lambda a, x, g: ops.project(a, x, float("nan"))),
+    (ValueError, "eps must be at least 0", lambda a, x, g: ops.random_start(x, torch.tensor([0.1, -1.0]))),
+    (ValueError, "step_size must be finite", lambda a, x, g: ops.pgd_step(a, x, g, float("inf"), 0.1)),
+    (ValueError, "clip_min must be at most clip_max", lambda a, x, g: ops.project_(a, x, 0.1, clip_min=2.0)),
+    (
+        ValueError,
+        "clip_min must be at most clip_max",
+        lambda a, x, g: ops.project_(a, x, 0.1, clip_max=float("nan")),
+    ),
+    (
+        ValueError,
+        "norm must be one of linf, l2, l1, got 'l_inf'; did you mean 'linf'",
+        lambda a, x, g: ops.project(a, x, 0.1, norm="l_inf"),
+    ),
+    (
+        ValueError,
+        r"x must have the shape of x_adv, \[2, 3, 4, 4\], got \[2, 3, 4\]",
+        lambda a, x, g: ops.pgd_step_(a, x[..., 0], g, 0.1, 0.1),
+    ),
+    (ValueError, "grad must have the shape of x_adv", lambda a, x, g: ops.pgd_step_(a, x, g[:1], 0.1, 0.1)),
+    (
+        ValueError,
+        r"eps must have shape \[2\], one value a sample, got \[3\]",
+        lambda a, x, g: ops.pgd_step_(a, x, g, 0.1, torch.ones(3)),
+    ),
+    (
+        ValueError,
+        r"active must have shape \[2\]",
+        lambda a, x, g: ops.pgd_step_(a, x, g, 0.1, 0.1, active=torch.ones(3).bool()),
+    ),
+    (
+        TypeError,
+        "active must be Bool, got Float",
+        lambda a, x, g: ops.pgd_step_(a, x, g, 0.1, 0.1, active=torch.ones(2)),
+    ),
+    (
+        TypeError,
+        "x must have the dtype of x_adv, Float, got Double",
+        lambda a, x, g: ops.pgd_step_(a, x.double(), g, 0.1, 0.1),
+    ),
+    (
+        TypeError,
+        "grad must have the dtype of x_adv, Float, or be bfloat16 or float16, got Double",
+        lambda a, x, g: ops.pgd_step_(a, x, g.double(), 0.1, 0.1),
+    ),
+    (
+        TypeError,
+        "x_adv must be float64, float32, bfloat16 or float16, got Long",
+        lambda a, x, g: ops.pgd_step_(a.long(), x.long(), g.long(), 0.1, 0.1),
+    ),
+    (TypeError, "z must be float64", lambda a, x, g: ops.fast_bat_step(a.int(), x.int(), g.int(), 0.1, 0.1)),
+    (
+        ValueError,
+        "a batch dimension",
+        lambda a, x, g: ops.pgd_step_(torch.tensor(0.5), torch.tensor(0.5), torch.tensor(0.5), 0.1, 0.1),
+    ),
+    (ValueError, "share memory", lambda a, x, g: ops.pgd_step_(a[:1].expand_as(a), x, g, 0.1, 0.1)),
+    (
+        ValueError,
+        "shares part of its memory with x",
+        lambda a, x, g: ops.pgd_step_(
+            a.view(-1)[1:].view(1, -1), a.view(-1)[:-1].view(1, -1), g.view(-1)[1:].view(1, -1), 0.1, 0.1
+        ),
+    ),
+    (ValueError, "x_prev and x_adv are both written", lambda a, x, g: ops.apgd_step_(a, a, x, g, 0.1, 0.1)),
+    (
+        ValueError,
+        "momentum must be in",
+        lambda a, x, g: ops.apgd_step_(a, a.clone(), x, g, 0.1, 0.1, momentum=1.5),
+    ),
+    (
+        ValueError,
+        "keep must be at least 1, got 0",
+        lambda a, x, g: ops.apgd_step_(a, a.clone(), x, g, 0.1, 0.1, norm="l1", keep=0),
+    ),
+    (ValueError, "keep is for norm", lambda a, x, g: ops.apgd_step_(a, a.clone(), x, g, 0.1, 0.1, keep=3)),
+    (
+        ValueError,
+        "x_adv requires grad, and this op has no derivative",
+        lambda a, x, g: ops.pgd_step_(a.requires_grad_(), x, g, 0.1, 0.1),
+    ),
+    (ValueError, "grad requires grad", lambda a, x, g: ops.fast_bat_step(a, x, g.requires_grad_(), 0.1, 0.1)),
+    (TypeError, "x_adv must be a Tensor, got list", lambda a, x, g: ops.project([0.5], x, 0.1)),
+    (TypeError, "eps must be a float or a Tensor, got str", lambda a, x, g: ops.project(a, x, "0.1")),
+    (TypeError, "grad must be a Tensor, got NoneType", lambda a, x, g: ops.pgd_step(a, x, None, 0.1, 0.1)),
+    (TypeError, "clip_max must be a float", lambda a, x, g: ops.project(a, x, 0.1, clip_max=None)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "call"), WRONG, ids=[f"{i}-{m[:40]}" for i, (_, m, _) in enumerate(WRONG)]
+)
+def test_a_wrong_call_says_what_is_wrong(
+    kind: type[Exception], message: str, call: Callable[..., object]
+) -> None:
+    tensors = images((2, 3, 4, 4))
+    before = [t.clone() for t in tensors]
+    with pytest.raises(kind, match=message):
+        call(*tensors)
+    for t, old in zip(tensors, before, strict=True):
+        assert torch.equal(t, old)
+
+
+
+def test_the_same_tensor_may_be_image_and_start() -> None:
+    for norm in NORMS:
+        _, x, grad = images((2, 3, 4, 4))
+        want = ops.pgd_step(x, x.clone(), grad, 0.1, 0.1, norm=norm)
+        assert torch.equal(ops.pgd_step_(x, x, grad, 0.1, 0.1, norm=norm), want)

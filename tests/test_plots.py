@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from blokern import plots
+
+RECORDS = [
+    {"epoch": epoch, "loss": 1 / epoch, "val_accuracy": 0.5, "val_robust_accuracy": 0.3}
+    for epoch in (1, 2, 3)
+]
+
+
+def assert_png(path):
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def draw_examples(path, shape=(3, 1, 8, 8), **changes):
+    x = torch.rand(shape)
+    y = torch.arange(shape[0])
+    arguments = {"clean": x, "adversarial": 1 - x, "labels": y, "clean_predictions": y}
+    plots.examples(**{**arguments, "adversarial_predictions": y + 1, "path": path, **changes})
+
+
+@pytest.mark.parametrize("runs", [{"one": RECORDS}, {"one": RECORDS, "two": RECORDS[:1]}])
+def test_curves(tmp_path, runs):
+    plots.curves(runs, tmp_path / "curves.png")
+    assert_png(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 8, 8), (1, 3, 16, 12)])
+def test_examples(tmp_path, shape):
+    draw_examples(tmp_path / "examples.png", shape)
+    assert_png(tmp_path / "examples.png")
+
+
+def test_examples_without_any_change(tmp_path):
+    x = torch.rand(2, 1, 8, 8)
+    draw_examples(tmp_path / "examples.png", (2, 1, 8, 8), clean=x, adversarial=x)
+    assert_png(tmp_path / "examples.png")
+
+
+def test_comparison(tmp_path):
+    results = {"fast-at": {"SA": [0.8], "RA": [0.4]}, "fast-bat": {"SA": [0.8, 0.9], "RA": [0.45, 0.5]}}
+    plots.comparison(results, tmp_path / "comparison.png")
+    assert_png(tmp_path / "comparison.png")
+
+
+def test_wrong_calls_name_the_argument(tmp_path):
+    path = tmp_path / "a.png"
+    with pytest.raises(ValueError, match="runs must hold at least one run"):
+        plots.curves({}, path)
+    with pytest.raises(ValueError, match="runs must hold at least one run with records"):
+        plots.curves({"a": []}, path)
+    with pytest.raises(ValueError, match=r"clean must be .* with C of 1 or 3, got \[3, 2, 8, 8\]"):
+        draw_examples(path, (3, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"adversarial must be \[3, 1, 8, 8\]"):
+        draw_examples(path, adversarial=torch.rand(3, 1, 8, 9))
+    with pytest.raises(ValueError, match="results must hold at least one method"):
+        plots.comparison({}, path)
+    assert not path.exists()
