@@ -6,7 +6,6 @@ needs: ``blokern --help`` answers at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -24,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
+from blokern._names import unknown_name
 from blokern._version import __version__
 
 if TYPE_CHECKING:
@@ -652,9 +652,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _choose(what: str, word: str, words: Iterable[str]) -> None:
     words = list(words)
     if word not in words:
-        near = difflib.get_close_matches(word, words, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {what} {word!r}, expected one of {', '.join(words)}{hint}")
+        raise unknown_name(what, word, words)
 
 
 def _device(options: Options) -> str:

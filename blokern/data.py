@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import math
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from blokern._names import unknown_name
 
 __all__ = ["NAMES", "Batches", "ImageDataset", "Splits", "load"]
 
@@ -164,9 +165,7 @@ def load(
     """
     loader = _LOADERS.get("synthetic" if name.startswith("synthetic:") else name)
     if loader is None:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name: unknown data set {name!r}, expected one of {', '.join(NAMES)}{hint}")
+        raise unknown_name("name", name, NAMES)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
 

@@ -7,13 +7,14 @@ their ε live in [0, 1]. ReLUs are never in place, which keeps double backward s
 >>> logits = model(torch.rand(8, 3, 32, 32))
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from blokern._names import unknown_name
 
 __all__ = [
     "BUILDERS",
@@ -365,7 +366,5 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), **kwargs)
     if name not in BUILDERS:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(NAMES)}, timm:NAME{hint}")
+        raise unknown_name("name", name, [*NAMES, "timm:NAME"])
     return BUILDERS[name](**kwargs)

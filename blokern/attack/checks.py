@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from blokern._names import unknown_name
 from blokern.ops.types import Norm, PerSample
 
 __all__ = [
@@ -20,17 +19,8 @@ __all__ = [
     "check_model",
     "check_norm",
     "check_radius",
-    "nearest",
     "per_sample",
 ]
-
-
-def nearest(name: object, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "one of 'a', 'b', got 'c'; did you mean 'a'?"."""
-    names = list(names)
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"one of {', '.join(map(repr, names))}, got {name!r}{hint}"
 
 
 def check_model(model: object) -> None:
@@ -40,7 +30,7 @@ def check_model(model: object) -> None:
 
 def check_norm(norm: object) -> None:
     if norm not in get_args(Norm):
-        raise ValueError(f"norm must be {nearest(norm, get_args(Norm))}")
+        raise unknown_name("norm", norm, get_args(Norm))
 
 
 def check_box(clip_min: float, clip_max: float) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blokern.attack.checks import nearest
+from blokern._names import one_of
 
 __all__ = ["Loss", "LossName", "correct", "cross_entropy", "dlr", "dlr_targeted", "named_loss"]
 
@@ -74,7 +74,7 @@ def named_loss(loss: LossName | Loss) -> Loss:
         return loss
     losses: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr}
     if loss not in losses:
-        raise ValueError(f"loss must be {nearest(loss, losses)} or a callable (logits, y) -> [N]")
+        raise ValueError(f"loss must be {one_of(loss, losses)} or a callable (logits, y) -> [N]")
     return losses[loss]
 
 

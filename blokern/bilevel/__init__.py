@@ -16,6 +16,7 @@ from blokern.bilevel.adversarial import (
 )
 from blokern.bilevel.fast_bat import FastBAT, FastBATSettings
 from blokern.bilevel.step import StepResult, StepRule
+from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
 
 __all__ = [
     "METHODS",
@@ -28,6 +29,7 @@ __all__ = [
     "FastBATSettings",
     "GradAlign",
     "GradAlignSettings",
+    "Interrupted",
     "NFGSMATSettings",
     "PGDATSettings",
     "Plain",
@@ -35,6 +37,8 @@ __all__ = [
     "StepResult",
     "StepRule",
     "TRADESSettings",
+    "TrainSettings",
+    "Trainer",
 ]
 
 #: The command line's name of each method: its rule and its settings.

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blokern import ops
+from blokern._names import unknown_name
 from blokern.attack import eval_mode, frozen_parameters
-from blokern.attack.checks import check_box, nearest
+from blokern.attack.checks import check_box
 from blokern.bilevel.step import StepResult
 from blokern.curvature import Linearization, LossFn, linearize
 
@@ -85,7 +86,7 @@ class PlainSettings:
                 if not allowed(value):
                     raise ValueError(f"{name} must be {expected}, got {value!r}")
         if self.precision not in get_args(Precision):
-            raise ValueError(f"precision must be {nearest(self.precision, get_args(Precision))}")
+            raise unknown_name("precision", self.precision, get_args(Precision))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from blokern._names import unknown_name
+
 __all__ = ["SCHEDULES", "constant", "cyclic", "learning_rate", "momentum", "multistep"]
 
 #: How far a cycled momentum dips at the learning rate's peak: 0.9 → 0.8 → 0.9 in Fast-BAT's released code.
@@ -57,7 +59,7 @@ def learning_rate(step: int, total: int, *, peak: float, schedule: str = "cyclic
     0.1
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        raise unknown_name("schedule", schedule, SCHEDULES)
     return peak * SCHEDULES[schedule](_progress(step, total))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from tqdm import tqdm
 
+from blokern._names import unknown_name
 from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
 from blokern.bilevel.step import StepResult, StepRule
@@ -88,9 +89,7 @@ class TrainSettings:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.schedule not in schedule.SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(schedule.SCHEDULES)}, got {self.schedule!r}"
-            )
+            raise unknown_name("schedule", self.schedule, schedule.SCHEDULES)
         lowest = schedule.MOMENTUM_DIP if self.cycle_momentum else 0.0
         for name, expected, fits in (
             ("lr", "positive and finite", 0 < self.lr < math.inf),

@@ -73,7 +73,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     affine = weight is not None and bias is not None and weight.is_leaf and bias.is_leaf
-    if not training or not affine:
+    if not training or not affine or input.numel() == input.shape[1]:  # the last is torch's to refuse
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     out: Tensor = _apply(_BatchNorm, input, weight, bias, running_mean, running_var, momentum, eps)
     return out
@@ -93,9 +93,8 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph; ctx.needs_input_grad does not say that only x is asked for
+        # With create_graph only x's gradient is asked for, which ctx.needs_input_grad does not tell.
+        if torch.is_grad_enabled():
             return _apply(_ConvInputGradient, grad, x, weight, ctx.how), None, None, None
         channels = [weight.shape[0]]
         grads = aten.convolution_backward(grad, x, weight, channels, *ctx.how, ctx.needs_input_grad[:3])
@@ -189,6 +188,7 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, Σ g x̂ and Σ g."""
+    # Given mean and rstd, eps is not read.
     sums: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(
         grad, x, weight, None, None, mean, rstd, True, 0.0, (True, True, True)
     )

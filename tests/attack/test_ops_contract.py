@@ -145,7 +145,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], objec
     ),
     (
         ValueError,
-        "norm must be one of linf, l2, l1, got 'l_inf'; did you mean 'linf'",
+        "norm must be one of 'linf', 'l2', 'l1', got 'l_inf'; did you mean 'linf'",
         lambda a, x, g: ops.project(a, x, 0.1, norm="l_inf"),
     ),
     (
@@ -235,7 +235,6 @@ def test_a_wrong_call_says_what_is_wrong(
         call(*tensors)
     for t, old in zip(tensors, before, strict=True):
         assert torch.equal(t, old)
-
 
 
 def test_the_same_tensor_may_be_image_and_start() -> None:

@@ -43,7 +43,7 @@ def test_every_schedule_stays_within_zero_and_peak():
 @pytest.mark.parametrize(
     ("step", "total", "schedule", "message"),
     [
-        (0, 10, "cosine", "schedule must be one of cyclic, multistep, constant, got 'cosine'"),
+        (0, 10, "cosine", "schedule must be one of 'cyclic', 'multistep', 'constant', got 'cosine'"),
         (11, 10, "cyclic", r"step must be in \[0, 10\], got 11"),
         (-1, 10, "cyclic", "got -1"),
         (0, 0, "cyclic", "total must be at least 1, got 0"),

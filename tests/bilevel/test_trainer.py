@@ -473,7 +473,7 @@ def test_an_interrupt_does_not_save_a_broken_model(tmp_path, what):
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
         ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
-        ({"schedule": "cosine"}, ValueError, "schedule must be one of cyclic"),
+        ({"schedule": "cosine"}, ValueError, "schedule must be one of 'cyclic'"),
         ({"momentum": 1.0}, ValueError, "momentum must be in"),
         ({"momentum": 0.05, "cycle_momentum": True}, ValueError, r"momentum must be in \[0.1, 1\), got 0.05"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),

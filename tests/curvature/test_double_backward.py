@@ -88,3 +88,10 @@ def test_products_equal_torchs(layer: str, memory_format: torch.memory_format) -
         torch.testing.assert_close(product, wanted, rtol=1e-9, atol=1e-11)
     for buffer, wanted in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(buffer, wanted)
+
+
+def test_a_single_value_a_channel_is_refused_as_torch_does() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    x = torch.ones(1, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        mixed_hvp(model, F.cross_entropy, x, torch.zeros(1).long(), x)
