@@ -11,7 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := build
 
 demo: build
-	$(BIN)/blokern compare fast-at fast-bat --data digits --model small_cnn --out runs/demo
+	$(BIN)/blokern compare fast-at fast-bat:step_size=20 --data digits --model small_cnn --eps 0.1 --epochs 8 \
+		--seeds 0,1,2 --out runs/demo
 
 test: build
 	$(BIN)/python -m pytest

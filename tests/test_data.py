@@ -129,9 +129,11 @@ def test_load_rejects(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"'cifar-10', expected one of digits, .*mean 'cifar10'\?"):
+    with pytest.raises(
+        ValueError, match=r"must be one of 'digits', .*got 'cifar-10'; did you mean 'cifar10'\?"
+    ):
         load("cifar-10")
-    with pytest.raises(ValueError, match="name must be one of .*got 'digits:2'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*got 'digits:2'"):
         load("digits:2")
 
 
