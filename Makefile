@@ -37,7 +37,9 @@ build: $(VENV)/.build
 $(VENV)/.setup: constraints.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*("\"%s\"" % d for d in p["dependencies"] + p["optional-dependencies"]["dev"]))')
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack
 	touch $@
 
