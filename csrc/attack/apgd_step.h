@@ -25,7 +25,7 @@ struct ApgdStep {
 };
 
 template <class V>
-BLOKERN_HOST_DEVICE inline V with_momentum(V z, V x_adv, V x_prev, V momentum) {
+BLOKERN_INLINE V with_momentum(V z, V x_adv, V x_prev, V momentum) {
   return x_adv + momentum * (z - x_adv) + (V(1) - momentum) * (x_adv - x_prev);
 }
 

@@ -21,14 +21,14 @@ A kth_magnitude(const G* grad, int64_t size, int64_t k, A* work) {
 template <class T, class G, class A>
 void fill_sparse_step(const T* x_adv, const T* x, const G* grad, A threshold, double step_size, A* delta,
                       int64_t size) {
-  const auto signs_at = [&](int64_t i, auto w) {
+  const auto signs_at = [=](int64_t i, auto w) {
     const auto g = load<A>(grad + i, w);
     return where(less(absolute(g), Lanes<A>(threshold)), Lanes<A>(), sign(g));
   };
   const auto [count] =
-      sums<A, 1>(size, [&](int64_t i, auto w, auto& s) { s[0] = s[0] + absolute(signs_at(i, w)); });
+      sums<A, 1>(size, [=](int64_t i, auto w, auto& s) { s[0] = s[0] + absolute(signs_at(i, w)); });
   const Lanes<A> scale(static_cast<A>(count > 0 ? step_size / count : 0));
-  sweep<A>(0, size, [&](int64_t i, auto w) {
+  sweep<A>(0, size, [=](int64_t i, auto w) {
     store(delta + i, (load<A>(x_adv + i, w) - load<A>(x + i, w)) + scale * signs_at(i, w), w);
   });
 }
@@ -38,7 +38,7 @@ template <class T, class A>
 void take_momentum(const A* z, const T* x_adv, T* x_prev, const T* x, double momentum, A* delta,
                    int64_t size) {
   const Lanes<A> m(static_cast<A>(momentum));
-  sweep<A>(0, size, [&](int64_t i, auto w) {
+  sweep<A>(0, size, [=](int64_t i, auto w) {
     const auto current = load<A>(x_adv + i, w);
     store(delta + i, with_momentum(load<A>(z + i, w), current, load<A>(x_prev + i, w), m) - load<A>(x + i, w),
           w);
@@ -78,7 +78,7 @@ void apgd_step_linf(const ApgdStep<T, G>& p, int64_t begin, int64_t end) {
     const T* const x = p.x[n];
     const G* const grad = p.grad[n];
     const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(static_cast<A>(p.eps[n]));
-    sweep<A>(first, last, [&](int64_t i, auto w) {
+    sweep<A>(first, last, [=](int64_t i, auto w) {
       const auto current = load<A>(x_adv + i, w), original = load<A>(x + i, w);
       auto next = linf_project(current + step_size * sign(load<A>(grad + i, w)), original, eps, lo, hi);
       if (p.momentum != 1) {
@@ -98,13 +98,13 @@ void apgd_step_l2(const ApgdStep<T, G>& p, int64_t begin, int64_t end) {
   A* const delta = scratch<A>(2 * size);
   const auto fill = [&](int64_t n, A* row) {
     const G* const grad = p.grad[n];
-    const auto [gg] = sums<A, 1>(size, [&](int64_t i, auto w, auto& s) {
+    const auto [gg] = sums<A, 1>(size, [=](int64_t i, auto w, auto& s) {
       const auto g = load<A>(grad + i, w);
       s[0] = s[0] + g * g;
     });
     if (!is_safe_norm<A>(gg)) return fill_step_scaled<2>(p.x_adv[n], p.x[n], grad, p.step_size[n], row, size);
     const Lanes<A> scale(static_cast<A>(p.step_size[n] / std::sqrt(gg)));
-    sweep<A>(0, size, [&](int64_t i, auto w) {
+    sweep<A>(0, size, [=](int64_t i, auto w) {
       store(row + i, (load<A>(p.x_adv[n] + i, w) - load<A>(p.x[n] + i, w)) + scale * load<A>(grad + i, w), w);
     });
   };

@@ -14,7 +14,7 @@ struct Batch {
   int64_t size;
   const bool* active;  // [samples], or null: all are
 
-  BLOKERN_HOST_DEVICE bool skips(int64_t n) const { return active != nullptr && !active[n]; }
+  BLOKERN_INLINE bool skips(int64_t n) const { return active != nullptr && !active[n]; }
 };
 
 template <class T>
@@ -22,7 +22,7 @@ struct Rows {
   T* data;
   int64_t stride;
 
-  BLOKERN_HOST_DEVICE T* operator[](int64_t n) const { return data + n * stride; }
+  BLOKERN_INLINE T* operator[](int64_t n) const { return data + n * stride; }
 };
 
 // One value for the batch, or one a sample.
@@ -30,7 +30,7 @@ struct PerSample {
   double value;
   const double* values;  // [samples], or null
 
-  BLOKERN_HOST_DEVICE double operator[](int64_t n) const { return values != nullptr ? values[n] : value; }
+  BLOKERN_INLINE double operator[](int64_t n) const { return values != nullptr ? values[n] : value; }
 };
 
 // The interval that images live in.

@@ -29,7 +29,7 @@ struct FastBatDelta {
 };
 
 template <class V>
-BLOKERN_HOST_DEVICE inline FastBatDelta<V> fast_bat_delta(V z, V x, V grad, V step_size, V eps, V lo, V hi) {
+BLOKERN_INLINE FastBatDelta<V> fast_bat_delta(V z, V x, V grad, V step_size, V eps, V lo, V hi) {
   const V u = z - step_size * grad;
   const V to_lo = lo - x, to_hi = hi - x;
   const V delta = clamp(clamp(u, -eps, eps), to_lo, to_hi);

@@ -16,7 +16,7 @@ void fast_bat_step(const FastBatStep<T, G>& p, int64_t begin, int64_t end) {
     T* const delta = p.delta[n];
     bool* const free = p.free[n];
     const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(static_cast<A>(p.eps[n]));
-    sweep<A>(first, last, [&](int64_t i, auto w) {
+    sweep<A>(first, last, [=](int64_t i, auto w) {
       const auto step =
           fast_bat_delta(load<A>(z + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi);
       store(delta + i, step.delta, w);

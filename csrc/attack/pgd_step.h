@@ -21,7 +21,7 @@ struct PgdStep {
 };
 
 template <class V>
-BLOKERN_HOST_DEVICE inline V linf_step(V x_adv, V x, V grad, V step_size, V eps, V lo, V hi) {
+BLOKERN_INLINE V linf_step(V x_adv, V x, V grad, V step_size, V eps, V lo, V hi) {
   return linf_project(x_adv + step_size * sign(grad), x, eps, lo, hi);
 }
 

@@ -16,7 +16,7 @@ void pgd_step_linf(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
     const T* const x = p.x[n];
     const G* const grad = p.grad[n];
     const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(static_cast<A>(p.eps[n]));
-    sweep<A>(first, last, [&](int64_t i, auto w) {
+    sweep<A>(first, last, [=](int64_t i, auto w) {
       store(out + i,
             linf_step(load<A>(x_adv + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi),
             w);
@@ -39,7 +39,7 @@ void pgd_step_l2(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
       copy_row(x_adv, out, 0, size);
       continue;
     }
-    const auto [gg, dd, dg] = sums<A, 3>(size, [&](int64_t i, auto w, auto& s) {
+    const auto [gg, dd, dg] = sums<A, 3>(size, [=](int64_t i, auto w, auto& s) {
       const auto g = load<A>(grad + i, w);
       const auto d = load<A>(x_adv + i, w) - load<A>(x + i, w);
       s[0] = s[0] + g * g;
@@ -56,7 +56,7 @@ void pgd_step_l2(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
       continue;
     }
     const Lanes<A> s(static_cast<A>(scale)), shrink(static_cast<A>(shrink_to(p.eps[n], std::sqrt(squared))));
-    sweep<A>(0, size, [&](int64_t i, auto w) {
+    sweep<A>(0, size, [=](int64_t i, auto w) {
       const auto original = load<A>(x + i, w);
       const auto delta = (load<A>(x_adv + i, w) - original) + s * load<A>(grad + i, w);
       store(out + i, scale_and_clip(delta, original, shrink, lo, hi), w);
@@ -78,10 +78,10 @@ void pgd_step_l1(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
       continue;
     }
     const auto [norm] =
-        sums<A, 1>(size, [&](int64_t i, auto w, auto& s) { s[0] = s[0] + absolute(load<A>(grad + i, w)); });
+        sums<A, 1>(size, [=](int64_t i, auto w, auto& s) { s[0] = s[0] + absolute(load<A>(grad + i, w)); });
     if (is_safe_norm<A>(norm)) {
       const Lanes<A> scale(static_cast<A>(p.step_size[n] / norm));
-      sweep<A>(0, size, [&](int64_t i, auto w) {
+      sweep<A>(0, size, [=](int64_t i, auto w) {
         store(delta + i, (load<A>(x_adv + i, w) - load<A>(x + i, w)) + scale * load<A>(grad + i, w), w);
       });
     } else {

@@ -50,7 +50,7 @@ uint32_t sample_word(uint64_t seed, int64_t n) { return words_at(seed, 0, n, kSa
 template <class T, class A>
 void finish_row(const A* delta, const T* x, double scale, Box clip, T* out, int64_t size) {
   const Lanes<A> s(static_cast<A>(scale)), lo(static_cast<A>(clip.min)), hi(static_cast<A>(clip.max));
-  sweep<A>(0, size, [&](int64_t i, auto w) {
+  sweep<A>(0, size, [=](int64_t i, auto w) {
     store(out + i, scale_and_clip(load<A>(delta + i, w), load<A>(x + i, w), s, lo, hi), w);
   });
 }

@@ -34,7 +34,7 @@ inline void copy_row(const T* from, T* to, int64_t begin, int64_t end) {
 template <class T, class A>
 inline void fill_delta(const T* x_adv, const T* x, A* delta, int64_t size) {
   sweep<A>(0, size,
-           [&](int64_t i, auto w) { store(delta + i, load<A>(x_adv + i, w) - load<A>(x + i, w), w); });
+           [=](int64_t i, auto w) { store(delta + i, load<A>(x_adv + i, w) - load<A>(x + i, w), w); });
 }
 
 // ‖grad‖ in double whatever its exponents: the squares of a float32 gradient of 1e-25 are zero in float.
@@ -83,7 +83,7 @@ inline double shrink_to(double eps, double norm) { return norm > eps ? eps / nor
 // out ← clip(x + δ · min(1, eps / ‖δ‖₂)).
 template <class T, class A, class Out>
 inline void l2_project_row(const A* delta, const T* x, double eps, Box clip, Out* out, int64_t size) {
-  const auto [squared] = sums<A, 1>(size, [&](int64_t i, auto w, auto& s) {
+  const auto [squared] = sums<A, 1>(size, [=](int64_t i, auto w, auto& s) {
     const auto d = load<A>(delta + i, w);
     s[0] = s[0] + d * d;
   });
@@ -94,7 +94,7 @@ inline void l2_project_row(const A* delta, const T* x, double eps, Box clip, Out
   }
   const Lanes<A> shrink(static_cast<A>(shrink_to(eps, norm)));
   const Lanes<A> lo(static_cast<A>(clip.min)), hi(static_cast<A>(clip.max));
-  sweep<A>(0, size, [&](int64_t i, auto w) {
+  sweep<A>(0, size, [=](int64_t i, auto w) {
     store(out + i, scale_and_clip(load<A>(delta + i, w), load<A>(x + i, w), shrink, lo, hi), w);
   });
 }
@@ -109,7 +109,7 @@ inline A l1_threshold(const A* size, const A* cap, int64_t count, double radius)
   };
   const auto piece_at = [&](A tau) -> Piece {
     const Lanes<A> t(tau), zero, one(A(1));
-    const auto [value, slope] = sums<A, 2>(count, [&](int64_t i, auto w, auto& s) {
+    const auto [value, slope] = sums<A, 2>(count, [=](int64_t i, auto w, auto& s) {
       const auto c = load<A>(cap + i, w);
       const auto over = load<A>(size + i, w) - t;
       s[0] = s[0] + clamp(over, zero, c);
@@ -118,7 +118,7 @@ inline A l1_threshold(const A* size, const A* cap, int64_t count, double radius)
     return {value, slope};
   };
   Lanes<A> largest;
-  sweep<A>(0, count, [&](int64_t i, auto w) { largest = larger(largest, load<A>(size + i, w)); });
+  sweep<A>(0, count, [=, &largest](int64_t i, auto w) { largest = larger(largest, load<A>(size + i, w)); });
   double low = 0, high = static_cast<double>(maximum(largest));
   const double tolerance = 4 * std::numeric_limits<A>::epsilon() * radius;
   double tau = 0, last_width = high;
@@ -144,7 +144,7 @@ inline void l1_project_row(const A* delta, const T* x, double eps, Box clip, Out
   const Lanes<A> lo(static_cast<A>(clip.min)), hi(static_cast<A>(clip.max)), zero;
   A* const sizes = work;
   A* const caps = work + size;
-  const auto [floors, total] = sums<A, 2>(size, [&](int64_t i, auto w, auto& s) {
+  const auto [floors, total] = sums<A, 2>(size, [=](int64_t i, auto w, auto& s) {
     const auto term = l1_term(load<A>(delta + i, w), load<A>(x + i, w), lo, hi);
     store(sizes + i, term.size, w);
     store(caps + i, term.cap, w);
@@ -157,7 +157,7 @@ inline void l1_project_row(const A* delta, const T* x, double eps, Box clip, Out
     // No radius left: every δ goes to what the box forces.
     tau = radius > 0 ? l1_threshold(sizes, caps, size, radius) : std::numeric_limits<A>::infinity();
   }
-  sweep<A>(0, size, [&](int64_t i, auto w) {
+  sweep<A>(0, size, [=](int64_t i, auto w) {
     store(out + i, l1_project(load<A>(delta + i, w), load<A>(x + i, w), Lanes<A>(tau), lo, hi), w);
   });
 }

@@ -13,8 +13,8 @@ constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
 constexpr int kPhiloxRounds = 10;
 
 // One round on one counter c[0..3] under the key (k0, k1).
-BLOKERN_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
-                                             uint32_t k0, uint32_t k1) {
+BLOKERN_INLINE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
+                                 uint32_t k1) {
   const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier[0]) * c0;
   const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier[1]) * c2;
   c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
@@ -25,7 +25,7 @@ BLOKERN_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_
 
 // In (0, 1), from a word's upper 24 bits: one value for every dtype and device. The lower 8 bits stay unused.
 template <class A>
-BLOKERN_HOST_DEVICE inline A uniform(uint32_t word) {
+BLOKERN_INLINE A uniform(uint32_t word) {
   return (static_cast<A>(word >> 8) + A(0.5)) * static_cast<A>(1.0 / (1 << 24));
 }
 

@@ -49,24 +49,24 @@ struct Lanes {
 
   static constexpr int64_t size() { return kParts * Vector<A>::size; }
 
-  Lanes() : v{} {}
-  Lanes(A value) {  // NOLINT: a scalar broadcasts wherever a formula has a constant
+  BLOKERN_INLINE Lanes() : v{} {}
+  BLOKERN_INLINE Lanes(A value) {  // NOLINT: a scalar broadcasts wherever a formula has a constant
     for (V& part : v) part = value - V{};
   }
 
-  friend Lanes operator+(Lanes p, const Lanes& q) {
+  friend BLOKERN_INLINE Lanes operator+(Lanes p, const Lanes& q) {
     for (int k = 0; k < kParts; ++k) p.v[k] += q.v[k];
     return p;
   }
-  friend Lanes operator-(Lanes p, const Lanes& q) {
+  friend BLOKERN_INLINE Lanes operator-(Lanes p, const Lanes& q) {
     for (int k = 0; k < kParts; ++k) p.v[k] -= q.v[k];
     return p;
   }
-  friend Lanes operator*(Lanes p, const Lanes& q) {
+  friend BLOKERN_INLINE Lanes operator*(Lanes p, const Lanes& q) {
     for (int k = 0; k < kParts; ++k) p.v[k] *= q.v[k];
     return p;
   }
-  friend Lanes operator-(Lanes p) {
+  friend BLOKERN_INLINE Lanes operator-(Lanes p) {
     for (V& part : p.v) part = -part;
     return p;
   }
@@ -78,49 +78,49 @@ struct Mask {
   using V = decltype(typename Lanes<A>::V{} < typename Lanes<A>::V{});
   V v[kParts];
 
-  friend Mask operator&(Mask p, const Mask& q) {
+  friend BLOKERN_INLINE Mask operator&(Mask p, const Mask& q) {
     for (int k = 0; k < kParts; ++k) p.v[k] &= q.v[k];
     return p;
   }
 };
 
 template <class A>
-inline Mask<A> less(const Lanes<A>& p, const Lanes<A>& q) {
+BLOKERN_INLINE Mask<A> less(const Lanes<A>& p, const Lanes<A>& q) {
   Mask<A> m;
   for (int k = 0; k < kParts; ++k) m.v[k] = p.v[k] < q.v[k];
   return m;
 }
 
 template <class A>
-inline Lanes<A> where(const Mask<A>& m, Lanes<A> p, const Lanes<A>& q) {
+BLOKERN_INLINE Lanes<A> where(const Mask<A>& m, Lanes<A> p, const Lanes<A>& q) {
   for (int k = 0; k < kParts; ++k) p.v[k] = m.v[k] ? p.v[k] : q.v[k];
   return p;
 }
 
 template <class A>
-inline Lanes<A> clamp(Lanes<A> v, const Lanes<A>& lo, const Lanes<A>& hi) {
+BLOKERN_INLINE Lanes<A> clamp(Lanes<A> v, const Lanes<A>& lo, const Lanes<A>& hi) {
   v = where(less(v, lo), lo, v);
   return where(less(hi, v), hi, v);
 }
 
 template <class A>
-inline Lanes<A> larger(const Lanes<A>& p, const Lanes<A>& q) {
+BLOKERN_INLINE Lanes<A> larger(const Lanes<A>& p, const Lanes<A>& q) {
   return where(less(q, p), p, q);
 }
 
 template <class A>
-inline Lanes<A> absolute(const Lanes<A>& v) {
+BLOKERN_INLINE Lanes<A> absolute(const Lanes<A>& v) {
   return where(less(v, Lanes<A>()), -v, v);
 }
 
 template <class A>
-inline Lanes<A> sign(const Lanes<A>& v) {
+BLOKERN_INLINE Lanes<A> sign(const Lanes<A>& v) {
   const Lanes<A> zero, one(A(1));
   return where(less(zero, v), one, where(less(v, zero), -one, zero));
 }
 
 template <class A>
-inline double sum(const Lanes<A>& lanes) {
+BLOKERN_INLINE double sum(const Lanes<A>& lanes) {
   double total = 0;
   for (const auto& part : lanes.v) {
     for (int i = 0; i < Vector<A>::size; ++i) total += static_cast<double>(part[i]);
@@ -129,7 +129,7 @@ inline double sum(const Lanes<A>& lanes) {
 }
 
 template <class A>
-inline A maximum(const Lanes<A>& lanes) {
+BLOKERN_INLINE A maximum(const Lanes<A>& lanes) {
   A top = lanes.v[0][0];
   for (const auto& part : lanes.v) {
     for (int i = 0; i < Vector<A>::size; ++i) top = larger<A>(top, part[i]);
@@ -144,7 +144,7 @@ typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class To, class From>
-inline To bit_copy(const From& from) {
+BLOKERN_INLINE To bit_copy(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(To));
@@ -152,33 +152,56 @@ inline To bit_copy(const From& from) {
 }
 
 template <class V, class T>
-inline V load_raw(const T* p) {
+BLOKERN_INLINE V load_raw(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof(V));
   return v;
 }
 
-inline Vector<double>::type load_vector(const double* p) { return load_raw<Vector<double>::type>(p); }
-inline Floats load_vector(const float* p) { return load_raw<Floats>(p); }
-inline void store_vector(double* p, Vector<double>::type v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store_vector(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+BLOKERN_INLINE Vector<double>::type load_vector(const double* p) { return load_raw<Vector<double>::type>(p); }
+BLOKERN_INLINE Floats load_vector(const float* p) { return load_raw<Floats>(p); }
+BLOKERN_INLINE void store_vector(double* p, Vector<double>::type v) { std::memcpy(p, &v, sizeof(v)); }
+BLOKERN_INLINE void store_vector(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+// gcc 12 takes __builtin_convertvector apart into half registers and shuffles; one instruction does it.
+// AVX-512 in its masked forms: gcc 12 warns of its own headers in the plain ones.
+BLOKERN_INLINE Bits32 widen(Bits16 v) {
+#if defined(__AVX512F__)
+  return bit_copy<Bits32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_copy<__m256i>(v)));
+#elif defined(__AVX2__)
+  return bit_copy<Bits32>(_mm256_cvtepu16_epi32(bit_copy<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, Bits32);
+#endif
+}
+
+// Of values below 2^16.
+BLOKERN_INLINE Bits16 narrow(Bits32 v) {
+#if defined(__AVX512F__)
+  return bit_copy<Bits16>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_copy<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(bit_copy<__m256i>(v), __m256i{});  // each half by itself
+  return bit_copy<Bits16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+#else
+  return __builtin_convertvector(v, Bits16);
+#endif
+}
 
 // A bfloat16 is a float's upper half.
-inline Floats load_vector(const c10::BFloat16* p) {
-  return bit_copy<Floats>(__builtin_convertvector(load_raw<Bits16>(p), Bits32) << 16);
+BLOKERN_INLINE Floats load_vector(const c10::BFloat16* p) {
+  return bit_copy<Floats>(widen(load_raw<Bits16>(p)) << 16);
 }
 
 // To the nearest, ties to even; a NaN stays one.
-inline void store_vector(c10::BFloat16* p, Floats v) {
+BLOKERN_INLINE void store_vector(c10::BFloat16* p, Floats v) {
   const auto bits = bit_copy<Bits32>(v);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const auto half = __builtin_convertvector(is_nan ? Bits32{} + 0x7fc0u : rounded, Bits16);
+  const auto half = narrow(is_nan ? Bits32{} + 0x7fc0u : rounded);
   std::memcpy(p, &half, sizeof(half));
 }
 
-// AVX-512 in its masked forms: gcc 12 warns of its own headers in the plain ones.
-inline Floats load_vector(const c10::Half* p) {
+BLOKERN_INLINE Floats load_vector(const c10::Half* p) {
 #if defined(__AVX512F__)
   return bit_copy<Floats>(_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)));
 #elif defined(__AVX2__) && defined(__F16C__)
@@ -190,7 +213,7 @@ inline Floats load_vector(const c10::Half* p) {
 #endif
 }
 
-inline void store_vector(c10::Half* p, Floats v) {
+BLOKERN_INLINE void store_vector(c10::Half* p, Floats v) {
 #if defined(__AVX512F__)
   const __m256i half = _mm512_maskz_cvtps_ph(0xffff, bit_copy<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &half, sizeof(half));
@@ -211,7 +234,7 @@ struct Tail {
 };
 
 template <class A, class T>
-inline Lanes<A> load(const T* p, Full) {
+BLOKERN_INLINE Lanes<A> load(const T* p, Full) {
   Lanes<A> lanes;
   for (int k = 0; k < kParts; ++k) lanes.v[k] = load_vector(p + k * Vector<A>::size);
   return lanes;
@@ -219,33 +242,33 @@ inline Lanes<A> load(const T* p, Full) {
 
 // Lanes beyond the tail are zero.
 template <class A, class T>
-inline Lanes<A> load(const T* p, Tail tail) {
+BLOKERN_INLINE Lanes<A> load(const T* p, Tail tail) {
   std::array<T, Lanes<A>::size()> buffer{};
   for (int64_t i = 0; i < tail.count; ++i) buffer[i] = p[i];
   return load<A>(buffer.data(), Full{});
 }
 
 template <class A, class T>
-inline void store(T* p, const Lanes<A>& v, Full) {
+BLOKERN_INLINE void store(T* p, const Lanes<A>& v, Full) {
   for (int k = 0; k < kParts; ++k) store_vector(p + k * Vector<A>::size, v.v[k]);
 }
 
 template <class A, class T>
-inline void store(T* p, const Lanes<A>& v, Tail tail) {
+BLOKERN_INLINE void store(T* p, const Lanes<A>& v, Tail tail) {
   std::array<T, Lanes<A>::size()> buffer;
   store(buffer.data(), v, Full{});
   for (int64_t i = 0; i < tail.count; ++i) p[i] = buffer[i];
 }
 
 template <class A>
-inline void store(bool* p, const Mask<A>& m, Full) {
+BLOKERN_INLINE void store(bool* p, const Mask<A>& m, Full) {
   for (int k = 0; k < kParts; ++k) {
     for (int i = 0; i < Vector<A>::size; ++i) p[k * Vector<A>::size + i] = m.v[k][i] != 0;
   }
 }
 
 template <class A>
-inline void store(bool* p, const Mask<A>& m, Tail tail) {
+BLOKERN_INLINE void store(bool* p, const Mask<A>& m, Tail tail) {
   std::array<bool, Lanes<A>::size()> buffer;
   store(buffer.data(), m, Full{});
   for (int64_t i = 0; i < tail.count; ++i) p[i] = buffer[i];
@@ -253,9 +276,12 @@ inline void store(bool* p, const Mask<A>& m, Tail tail) {
 
 // ---- Walks over a row.
 
+// flatten: the body, whatever it calls, is the loop's own code. Bodies capture by value ([=]): what they hold
+// then stays in registers, where the loop's stores would have the compiler read it anew through a reference.
+
 // body(i, width) over the elements [begin, end): full lanes, then at most one tail.
 template <class A, class Body>
-inline void sweep(int64_t begin, int64_t end, Body&& body) {
+__attribute__((flatten)) inline void sweep(int64_t begin, int64_t end, Body body) {
   constexpr int64_t width = Lanes<A>::size();
   int64_t i = begin;
   for (; i + width <= end; i += width) body(i, Full{});
@@ -265,7 +291,7 @@ inline void sweep(int64_t begin, int64_t end, Body&& body) {
 // K sums over [0, n): body(i, width, sums) adds into lanes; every block of lanes is then added up in double,
 // so that rounding does not grow with n.
 template <class A, int K, class Body>
-inline std::array<double, K> sums(int64_t n, Body&& body) {
+__attribute__((flatten)) inline std::array<double, K> sums(int64_t n, Body body) {
   constexpr int64_t block = 128 * Lanes<A>::size();
   std::array<double, K> total{};
   for (int64_t begin = 0; begin < n; begin += block) {
