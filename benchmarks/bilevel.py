@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.race import Case
 from blokern import bilevel, models
+from blokern._memory import keep_freed_memory
 
 EPS = 8 / 255
 BATCH = 64
@@ -64,6 +65,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def cases() -> Iterator[Case]:
+    keep_freed_memory()  # as `blokern train` does; it serves every rival
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(BATCH, 3, 32, 32, generator=generator)
     y = torch.randint(10, (BATCH,), generator=generator)

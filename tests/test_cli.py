@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from blokern import cli, data, models
+from blokern import __version__, cli, data, models
 from blokern.bilevel import METHODS, Plain, PlainSettings, checkpoint
 from blokern.bilevel.trainer import Trainer, TrainSettings
+from blokern.cli import bench, compare, dispatch, evaluate, info, options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,7 +70,7 @@ def test_help_needs_no_slow_import():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert output.stdout.splitlines()[-1] == "[]"
-    for command in cli.COMMANDS:
+    for command in dispatch.COMMANDS:
         assert f"\n  {command} " in output.stdout
 
 
@@ -92,9 +94,9 @@ def test_each_command_explains_itself(capsys, command):
 def test_each_method_explains_its_options(capsys, method):
     assert cli.main(["train", method, "--help"]) == 0
     words = " ".join(capsys.readouterr().out.split())
-    for option in cli._run_options(method):
+    for option in options.run_options(method):
         assert option.help
-        assert f"{cli._flag(option.name)} " in words
+        assert f"{options.flag(option.name)} " in words
         assert " ".join(option.help.split()) in words
 
 
@@ -317,6 +319,24 @@ def test_a_signal_stops_a_process_and_resume_continues_bit_for_bit(tmp_path, sig
         assert all(one[key] == other[key] for key in one if not key.endswith("seconds"))
 
 
+def test_a_folder_in_training_is_refused_until_its_process_dies(tmp_path, capsys):
+    command = ["train", "fast-bat", "--out", str(tmp_path), "--epochs=20", *QUICK]
+    first = blokern_process(*command)
+    for line in first.stderr:
+        if line.startswith("epoch 2/20"):
+            first.send_signal(signal.SIGSTOP)
+            os.waitpid(first.pid, os.WUNTRACED)
+            break
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    message = error(capsys, *command, "--resume", code=1)
+    assert message == f"another process trains in {tmp_path}: wait for it, or stop it"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    first.kill()
+    first.communicate()
+    assert cli.main([*command, "--resume"]) == 0
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 20
+
+
 # --- evaluate -----------------------------------------------------------------------------------------------
 
 
@@ -348,7 +368,7 @@ def test_evaluate_rebuilds_the_network_as_it_was(trained, tmp_path):
     )
 
 
-@pytest.mark.parametrize("attack", cli.ATTACKS)
+@pytest.mark.parametrize("attack", evaluate.ATTACKS)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_attack_runs(trained, attack, norm):
     options = ["--test-limit=20", "--steps=3", "--restarts=1", f"--attack={attack}", f"--norm={norm}"]
@@ -409,8 +429,8 @@ def test_compare_continues_and_repeats_nothing(tmp_path, monkeypatch):
     done = {file: file.read_bytes() for file in (tmp_path / "fast-at" / "seed-0").iterdir()}
 
     asked = []
-    real = cli._attacked
-    monkeypatch.setattr(cli, "_attacked", lambda *a, **k: asked.append(a[1]) or real(*a, **k))
+    real = compare.attacked
+    monkeypatch.setattr(compare, "attacked", lambda *a, **k: asked.append(a[1]) or real(*a, **k))
     assert cli.main(compare_command(tmp_path, "fast-at", "plain", seeds="0,1")) == 0
     assert {file: file.read_bytes() for file in done} == done
     # One epoch: the last is the best, so one attack a new run.
@@ -438,7 +458,7 @@ def test_bench_passes_everything_on(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "run.py").write_text("def main(argv):\n    return len(argv)\n")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "blokern" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "blokern" / "cli" / "bench.py"))
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
         monkeypatch.delitem(sys.modules, name)
     path = list(sys.path)
@@ -451,14 +471,29 @@ def test_bench_passes_everything_on(tmp_path, monkeypatch):
 
 
 def test_bench_outside_the_repository_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "blokern" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "blokern" / "cli" / "bench.py"))
     assert "the benchmarks come with the repository" in error(capsys, "bench", code=1)
 
 
 def test_info_names_versions_and_machine(capsys):
     assert cli.main(["info", "--threads=1"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["blokern"].strip() == cli.__version__
+    assert lines["blokern"].strip() == __version__
     assert lines["torch"].strip() == torch.__version__
     assert lines["cpu threads"].strip() == "1"
     assert {"python", "cpu instruction set", "cuda"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "expected"),
+    [
+        ("12.8", ["H100", "H200"], "12.8; H100, H200"),
+        ("12.8", [], "12.8; no device"),
+        (None, [], "not built"),
+    ],
+)
+def test_info_names_cuda_and_its_devices(monkeypatch, version, names, expected):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    assert info.machine()["cuda"] == expected

@@ -150,8 +150,11 @@ class GradAlignSettings(FastATSettings):
 
     @property
     def alignment_penalty(self) -> float:
-        """The penalty in use; by default 0.2 · 10^((255 eps − 8)/8), which the released code tabulates."""
-        return 0.2 * 10.0 ** ((255.0 * self.eps - 8.0) / 8.0) if self.penalty is None else self.penalty
+        """The penalty in use; by default 0.2 · 10^((255 eps − 8)/8), which the released code tabulates, and from the
+        table's end at 16/255 on its last value, 2: the exponential soon drowns the loss."""
+        if self.penalty is not None:
+            return self.penalty
+        return 0.2 * math.pow(10.0, (min(255.0 * self.eps, 16.0) - 8.0) / 8.0)
 
 
 @dataclass(frozen=True, kw_only=True)

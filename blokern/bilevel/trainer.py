@@ -122,7 +122,8 @@ class Trainer:
 
     In ``run_dir``: ``last.pt`` (where to continue), ``best.pt`` (highest robust accuracy on the validation
     images), ``metrics.jsonl`` (a line an epoch), ``curves.png``, ``examples.png``, and TensorBoard's files
-    where TensorBoard is installed. Each file is replaced whole, never half-written.
+    where TensorBoard is installed. Each file is replaced whole, never half-written. A lock on ``.lock`` keeps
+    a second process out while one trains; it ends with the process.
 
     A resumed run has the bits of an uninterrupted one wherever the training itself is reproducible: with the
     same machine and number of threads, and on a GPU with ``torch.use_deterministic_algorithms(True)``.
@@ -139,6 +140,7 @@ class Trainer:
 
     Raises:
         OSError: ``run_dir`` cannot be written.
+        BlockingIOError: another process trains in ``run_dir``.
         FileExistsError: ``run_dir`` holds a run and ``resume`` is false.
         CheckpointError: the run there is damaged or another one.
         ValueError: too few images.
@@ -215,16 +217,18 @@ class Trainer:
             Interrupted: stopped by a signal; everything is saved.
             FloatingPointError: the loss or a weight is NaN or infinite; the checkpoints are those before.
             OSError: a file cannot be written.
+            BlockingIOError: another process trains in ``run_dir``.
 
         >>> history = trainer.fit()
         >>> history[-1]["val_robust_accuracy"]
         """
-        if self.complete:
-            _say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
-        else:
-            self._train()
-        if not (self.run_dir / "examples.png").exists():
-            self._draw()
+        with _locked(self.run_dir):
+            if self.complete:
+                _say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
+            else:
+                self._train()
+            if not (self.run_dir / "examples.png").exists():
+                self._draw()
         return self.history
 
     # --- An epoch -------------------------------------------------------------------------------------------
@@ -378,15 +382,17 @@ class Trainer:
         checkpoint.write_atomically(probe, b"probe")
         probe.unlink()
         last = self.run_dir / "last.pt"
-        if not resume:
-            for file in (last, self.run_dir / "best.pt", self.run_dir / "metrics.jsonl"):
-                if file.exists():
-                    raise FileExistsError(
-                        f"{self.run_dir} holds a run already ({file.name}): resume, or choose another folder"
-                    )
-        elif last.exists():
-            self._restore(checkpoint.load(last), last)
-            self._write_metrics()
+        with _locked(self.run_dir):
+            if not resume:
+                for file in (last, self.run_dir / "best.pt", self.run_dir / "metrics.jsonl"):
+                    if file.exists():
+                        raise FileExistsError(
+                            f"{self.run_dir} holds a run already ({file.name}): "
+                            "resume, or choose another folder"
+                        )
+            elif last.exists():
+                self._restore(checkpoint.load(last), last)
+                self._write_metrics()
 
     def _save(self, name: str) -> None:
         self._rng = _rng_state()
@@ -505,6 +511,24 @@ class _StopRequest:
             self._put_back()
             signal.raise_signal(signum)
         self.signum = signum
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which one process at a time can; the system frees it when that one dies.
+
+    The file stays behind: were it deleted, two processes could each lock a ``.lock`` of their own.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process trains in {folder}: wait for it, or stop it") from None
+        except (ImportError, OSError):
+            pass  # Windows has no flock, nor do some network file systems: better to train unguarded there
+        yield
 
 
 def _on(device: torch.device, dataset: ImageDataset) -> ImageDataset:

@@ -393,6 +393,7 @@ def test_default_step_sizes() -> None:
 
 def test_alignment_penalty_is_the_released_table() -> None:
     table = {2: 0.036, 4: 0.063, 6: 0.112, 8: 0.2, 10: 0.356, 12: 0.632, 14: 1.124, 16: 2.0}
+    table |= {25.5: 2.0, 51: 2.0}  # the exponential would give 31 and 47431
     for eps, penalty in table.items():
         assert GradAlignSettings(eps=eps / 255).alignment_penalty == pytest.approx(penalty, abs=1e-3)
     assert GradAlignSettings(penalty=0.7).alignment_penalty == 0.7

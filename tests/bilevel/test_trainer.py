@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import math
 import os
@@ -122,7 +123,7 @@ def assert_same_run(run_dir, uninterrupted):
 
 
 def test_a_run_leaves_its_files(uninterrupted):
-    names = {"last.pt", "best.pt", "metrics.jsonl", "curves.png", "examples.png"}
+    names = {"last.pt", "best.pt", "metrics.jsonl", "curves.png", "examples.png", ".lock"}
     assert {file.name for file in uninterrupted.iterdir()} == names
 
 
@@ -392,6 +393,41 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, mo
         make(tmp_path / "run")
 
 
+def test_two_do_not_train_in_one_folder(tmp_path, uninterrupted):
+    refusals = []
+
+    class Crowded(FastBAT):
+        def step(self, x, y):
+            for attempt in (lambda: make(tmp_path, resume=True), waiting.fit):
+                with (
+                    torch.random.fork_rng(devices=[]),  # make() sets the seed
+                    pytest.raises(BlockingIOError, match="another process trains in") as refusal,
+                ):
+                    attempt()
+                refusals.append(str(refusal.value))
+            return super().step(x, y)
+
+    Crowded.__name__ = "FastBAT"
+    waiting = make(tmp_path)
+    make(tmp_path, Crowded).fit()
+    assert len(refusals) == 2 * 3 * BATCHES
+    assert all(str(tmp_path) in message for message in refusals)
+    assert_same_run(tmp_path, uninterrupted)
+    assert make(tmp_path, resume=True).complete
+
+
+def test_trains_where_nothing_can_be_locked(tmp_path, uninterrupted, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    make(tmp_path / "no-locks").fit()
+    assert_same_run(tmp_path / "no-locks", uninterrupted)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    make(tmp_path / "no-fcntl").fit()
+    assert_same_run(tmp_path / "no-fcntl", uninterrupted)
+
+
 def test_a_full_disk_keeps_the_last_epoch(tmp_path, uninterrupted, monkeypatch):
     real = os.fsync
 
@@ -448,7 +484,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, minutes):
 def test_there_may_be_no_checkpoint_yet(tmp_path):
     with pytest.raises(FloatingPointError, match=r"batch 2 .*there is no checkpoint yet"):
         make(tmp_path, breaking(2, math.nan)).fit()
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("what", [math.nan, "weight"])

@@ -1,0 +1,126 @@
+"""``blokern evaluate``: the accuracy of a checkpoint, with and without an attack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blokern.cli.options import (
+    MACHINE_OPTIONS,
+    STRENGTH_OPTIONS,
+    TEST_LIMIT,
+    Number,
+    Option,
+    Options,
+    check_known,
+    make_parser,
+    parse,
+    select_device,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from blokern.data import ImageDataset
+
+__all__ = ["ATTACKS", "attacked", "evaluate", "write_json"]
+
+ATTACKS = ("pgd", "apgd", "fgsm")
+
+
+def evaluate(argv: list[str]) -> int:
+    """Attack a trained network on the test images: blokern evaluate CHECKPOINT."""
+    parser = make_parser(
+        "evaluate",
+        "Standard accuracy (SA) and robust accuracy (RA) of a checkpoint on the test images.",
+        [
+            Option("data", str, None, "data set (default: as trained)"),
+            Option("data_dir", str, None, "folder with the data set's files"),
+            TEST_LIMIT,
+            Option("attack", str, "pgd", f"one of {', '.join(ATTACKS)}"),
+            Option("norm", str, "linf", "of the attack: linf, l2 or l1"),
+            Option("eps", Number, None, "budget of the attack, for pixels in [0, 1] (default: as trained)"),
+            *STRENGTH_OPTIONS,
+            Option("seed", int, 0, "of the attack's random starts"),
+            Option("json", str, None, "also write the result to this file"),
+            *MACHINE_OPTIONS,
+        ],
+    )
+    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    options = parse(parser, argv)
+    check_known("attack", options["attack"], ATTACKS)
+    device = select_device(options)
+
+    from blokern import data
+    from blokern.bilevel import checkpoint
+
+    path = options["checkpoint"]
+    payload = checkpoint.load(path)
+    if "model" not in payload.get("recipe", {}):
+        raise checkpoint.CheckpointError(
+            f"{path} does not say how its network is built; see checkpoint.load_weights to use it in Python"
+        )
+    name = options["data"] or payload["recipe"]["data"]["name"]
+    test = data.load(name, data_dir=options["data_dir"], test_limit=options["test_limit"]).test
+    attack = {key: options[key] for key in ("attack", "norm", "eps", "steps", "restarts", "seed")}
+    if attack["eps"] is None:
+        attack["eps"] = payload["settings"]["eps"]
+    result = attacked(payload, path, test, device, **attack)
+    print(
+        f"{path}, epoch {payload['epoch']}, {result['samples']} test images of {name}:\n"
+        f"SA {result['clean_accuracy']:.2%}, RA {result['robust_accuracy']:.2%} "
+        f"({result['attack']}, {result['norm']}, eps {result['eps']:.4g}) in {result['seconds']:.1f} s"
+    )
+    if options["json"] is not None:
+        write_json(options["json"], {"checkpoint": path, "epoch": payload["epoch"], "data": name, **result})
+    return 0
+
+
+def attacked(
+    payload: Mapping[str, Any], path: str | Path, test: ImageDataset, device: str, **attack: Any
+) -> Options:
+    """How the network of a checkpoint does on the test images, in plain values."""
+    from tqdm import tqdm
+
+    from blokern import models
+    from blokern.attack import evaluate
+    from blokern.bilevel import checkpoint
+    from blokern.data import Batches
+
+    network = payload["recipe"]["model"]
+    if (test.images.shape[1], test.num_classes) != (network["in_channels"], network["num_classes"]):
+        raise ValueError(
+            f"data: {test.name} has {test.images.shape[1]} channels and {test.num_classes} classes, "
+            f"the network in {path} {network['in_channels']} and {network['num_classes']}"
+        )
+    model = models.build(**network)
+    checkpoint.load_weights(model, payload["model"], path)
+    adversary = _adversary(model.to(device), **attack)
+    with tqdm(Batches(test, 256), desc=adversary.name, unit="batch", disable=None, leave=False) as batches:
+        result = evaluate(model, batches, adversary)
+    return {**attack, "attack": adversary.name, **asdict(result)}
+
+
+def _adversary(
+    model: nn.Module, *, attack: str, norm: Any, eps: float, steps: int, restarts: int, seed: int
+) -> Any:
+    import torch
+
+    from blokern.attack import APGD, FGSM, PGD
+
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    if attack == "fgsm":
+        return FGSM(model, eps, norm=norm, generator=generator)
+    if attack == "apgd":
+        return APGD(model, eps, steps, norm, restarts, early_stop=True, generator=generator)
+    return PGD(model, eps, eps / 4, steps, norm, restarts, early_stop=True, generator=generator)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain values for programs and people to read."""
+    from blokern.bilevel.checkpoint import write_atomically
+
+    write_atomically(path, f"{json.dumps(value, indent=2)}\n".encode())

@@ -1,0 +1,221 @@
+"""What the commands' options are, how they are parsed, and what some of them mean."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, get_args, get_type_hints
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import register_type
+
+from blokern._names import unknown_name
+
+__all__ = [
+    "CHECKPOINT_MINUTES",
+    "DATA_OPTIONS",
+    "MACHINE_OPTIONS",
+    "MODEL_OPTIONS",
+    "SETTINGS",
+    "STRENGTH_OPTIONS",
+    "TEST_LIMIT",
+    "Number",
+    "Option",
+    "Options",
+    "Seeds",
+    "check_known",
+    "first_line",
+    "flag",
+    "make_parser",
+    "methods",
+    "parse",
+    "pick",
+    "run_options",
+    "select_device",
+    "train_options",
+]
+
+#: The file in a run's folder that keeps the run's options.
+SETTINGS = "settings.yaml"
+
+#: The values that a command line gave, by the options' names.
+Options: TypeAlias = dict[str, Any]
+
+
+class Number(float):
+    """A float; as text also inf, or a fraction such as 8/255."""
+
+    def __new__(cls, value: Any) -> Number:
+        if isinstance(value, str) and "/" in value:
+            above, below = map(float, value.split("/"))
+            if below == 0:
+                raise ValueError("division by zero")
+            value = above / below
+        return super().__new__(cls, value)
+
+
+class Seeds(tuple[int, ...]):
+    """Whole numbers; as text, separated by commas."""
+
+    def __new__(cls, value: Any) -> Seeds:
+        parts = value.split(",") if isinstance(value, str) else value
+        return super().__new__(cls, map(int, parts if isinstance(parts, list | tuple) else [parts]))
+
+
+register_type(Number, serializer=float)
+register_type(Seeds, serializer=list)
+
+
+@dataclass(frozen=True)
+class Option:
+    """The flag ``--name``, and the key ``name`` of a YAML file."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+# --- Options of several commands ----------------------------------------------------------------------------
+
+DATA_OPTIONS = (
+    Option("data", str, "digits", "data set; digits and synthetic need no files"),
+    Option("data_dir", str, None, "folder with the data set's files"),
+    Option("val_fraction", Number, Number(0.1), "part of the training images set aside for validation"),
+    Option("train_limit", int, None, "use only the first so many training images (default: all)"),
+)
+MODEL_OPTIONS = (
+    Option("model", str, "small_cnn", "network; timm:NAME where timm is installed"),
+    Option("width", int, None, "channels of the network's first stage (default: the network's own)"),
+)
+CHECKPOINT_MINUTES = Option(
+    "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch"
+)
+TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)")
+STRENGTH_OPTIONS = (
+    Option("steps", int, 50, "steps of the attack on the test images; of eps / 4 for pgd"),
+    Option("restarts", int, 10, "random restarts of the attack on the test images"),
+)
+MACHINE_OPTIONS = (
+    Option("device", str, "auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one"),
+    Option("threads", int, None, "CPU threads (default: torch's choice)"),
+)
+
+#: The methods' settings in words. clip_min and clip_max are no options: the images always lie in [0, 1].
+METHOD_HELP = {
+    "precision": "fp32, or bf16 for forward passes under bfloat16 autocast",
+    "step_size": "step of the training attack, in pixel units (default: the method's own for this eps)",
+    "attack_steps": "steps of the training attack",
+    "lam": "λ of the implicit term; 0 means 1 / step_size, inf switches the term off",
+    "penalty": "weight of the gradient alignment (default: the paper's for this eps)",
+    "beta": "weight of the KL divergence",
+}
+
+
+# --- Options of the trainer and of the methods --------------------------------------------------------------
+
+
+def methods() -> dict[str, tuple[type, type]]:
+    """Each method's rule and settings, by its name."""
+    from blokern.bilevel import METHODS  # torch takes a second to import
+
+    return METHODS
+
+
+def train_options() -> list[Option]:
+    """Those of TrainSettings, in the words of its docstring."""
+    from blokern.bilevel.trainer import TrainSettings
+
+    words = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(TrainSettings) or "", re.M))
+    return [
+        Option(name, kind, default, re.sub(r"\s+", " ", words[name]).rstrip("."))
+        for name, kind, default in _fields(TrainSettings)
+    ]
+
+
+def _method_options(method: str) -> list[Option]:
+    return [
+        Option(name, kind, default, METHOD_HELP[name])
+        for name, kind, default in _fields(methods()[method][1])
+        if name not in ("eps", "clip_min", "clip_max")  # eps is one of train_options
+    ]
+
+
+def _fields(settings: type) -> list[tuple[str, Any, Any]]:
+    """Name, type and default of each field; of an optional one, the type that it has when given."""
+    hints = get_type_hints(settings)
+    result = []
+    for field in fields(settings):
+        kind = next((kind for kind in get_args(hints[field.name]) if kind in (int, float)), hints[field.name])
+        default = Number(field.default) if isinstance(field.default, float) else field.default
+        result.append((field.name, Number if kind is float else kind, default))
+    return result
+
+
+def run_options(method: str) -> list[Option]:
+    """All that makes a run what it is: what settings.yaml keeps."""
+    return [*DATA_OPTIONS, *MODEL_OPTIONS, *train_options(), *_method_options(method)]
+
+
+# --- Parsing ------------------------------------------------------------------------------------------------
+
+
+def make_parser(command: str, description: str, options: Iterable[Option]) -> ArgumentParser:
+    """With the options that every command has; wrong words raise instead of ending the process."""
+    parser = ArgumentParser(
+        prog=f"blokern {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help=f"YAML file of options, such as a run's {SETTINGS}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for option in options:
+        parser.add_argument(flag(option.name), type=option.type, default=option.default, help=option.help)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Options:
+    """The values of all options, numbers as plain floats."""
+    parsed = parser.parse_args(list(argv)).as_dict()
+    return {name: float(value) if isinstance(value, Number) else value for name, value in parsed.items()}
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# --- Small things -------------------------------------------------------------------------------------------
+
+
+def check_known(what: str, word: str, words: Iterable[str]) -> None:
+    """Raise unless ``word`` is one of ``words``."""
+    words = list(words)
+    if word not in words:
+        raise unknown_name(what, word, words)
+
+
+def select_device(options: Options) -> str:
+    """The device that ``--device`` names; sets the threads that ``--threads`` asks for."""
+    import torch
+
+    if options["threads"] is not None:
+        if options["threads"] < 1:
+            raise ValueError(f"threads must be at least 1, got {options['threads']}")
+        torch.set_num_threads(options["threads"])
+    name: str = options["device"]
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def pick(options: Options, settings: type) -> Options:
+    """Those of the options that are fields of ``settings``."""
+    return {field.name: options[field.name] for field in fields(settings) if field.name in options}
+
+
+def first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]

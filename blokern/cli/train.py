@@ -1,0 +1,128 @@
+"""``blokern train``: a network, by one method."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from blokern.cli.options import (
+    CHECKPOINT_MINUTES,
+    DATA_OPTIONS,
+    MACHINE_OPTIONS,
+    SETTINGS,
+    Options,
+    check_known,
+    first_line,
+    make_parser,
+    methods,
+    parse,
+    pick,
+    run_options,
+    select_device,
+)
+
+if TYPE_CHECKING:
+    from blokern.bilevel.trainer import Trainer
+
+__all__ = ["make_trainer", "train", "train_parser"]
+
+
+def train(argv: list[str]) -> int:
+    """Train a network: blokern train METHOD --out FOLDER."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: blokern train METHOD --out FOLDER ...\n")
+        for name, (rule, _) in methods().items():
+            print(f"  {name:12} {first_line(rule)}")
+        print("\nblokern train METHOD --help lists the options of one.")
+        return 0 if argv else 2
+    method, rest = argv[0], argv[1:]
+    check_known("method", method, methods())
+    parser = train_parser(method)
+    options = parse(parser, rest)
+    settings = Path(options["out"], SETTINGS)
+    if options["resume"] and settings.exists() and settings.read_text().startswith(_header(method)):
+        # Before the flags: nothing has to be said again, and a flag that says otherwise is noticed.
+        options = parse(parser, ["--config", str(settings), *rest])
+    trainer = make_trainer(method, options)
+    history = trainer.fit()
+    best = max(history, key=lambda record: (record["val_robust_accuracy"], record["val_accuracy"]))
+    accuracies = f"SA {best['val_accuracy']:.2%}, RA {best['val_robust_accuracy']:.2%}"
+    print(f"best: epoch {best['epoch']}, on validation images {accuracies}")
+    print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
+    return 0
+
+
+def train_parser(method: str) -> ArgumentParser:
+    """Of the words after ``blokern train METHOD``."""
+    parser = make_parser(
+        f"train {method}",
+        f"{first_line(methods()[method][0])} Pixels lie in [0, 1]; eps and steps are in that unit.",
+        [*run_options(method), CHECKPOINT_MINUTES, *MACHINE_OPTIONS],
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder of the run, made if needed")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, or start it where there is none yet"
+    )
+    return parser
+
+
+def make_trainer(method: str, options: Options) -> Trainer:
+    """The run that the options describe, ready to fit, its settings.yaml written."""
+    import torch
+
+    from blokern import data, models
+    from blokern._memory import keep_freed_memory
+    from blokern.bilevel.checkpoint import write_atomically
+    from blokern.bilevel.trainer import Trainer, TrainSettings
+
+    keep_freed_memory()
+    device = select_device(options)
+    rule_type, settings_type = methods()[method]
+    settings = TrainSettings(**pick(options, TrainSettings))
+    method_settings = settings_type(**pick(options, settings_type))
+    data_options = {option.name: options[option.name] for option in DATA_OPTIONS if option.name != "data"}
+    splits = data.load(options["data"], **data_options, seed=settings.seed)
+    del data_options["data_dir"]  # of this machine, not of the run
+
+    network: Options = {
+        "name": options["model"],
+        "num_classes": splits.train.num_classes,
+        "in_channels": splits.train.images.shape[1],
+        "mean": splits.train.mean,
+        "std": splits.train.std,
+    }
+    if options["width"] is not None:
+        builder = models.BUILDERS.get(options["model"])
+        if builder is not None and "width" not in inspect.signature(builder).parameters:
+            raise ValueError(f"width: {options['model']} has none to set")
+        network["width"] = options["width"]
+    torch.manual_seed(settings.seed)
+    model = models.build(**network).to(device)
+
+    trainer = Trainer(
+        rule_type(model, settings.optimizer(model), method_settings),
+        splits,
+        settings,
+        options["out"],
+        resume=options["resume"],
+        recipe={
+            "method": {"name": method, **asdict(method_settings)},
+            "model": network,
+            "data": {"name": options["data"], **data_options},
+        },
+        checkpoint_minutes=options["checkpoint_minutes"],
+    )
+    kept = {option.name: options[option.name] for option in run_options(method)}
+    text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
+    write_atomically(trainer.run_dir / SETTINGS, (_header(method) + text).encode())
+    return trainer
+
+
+def _header(method: str) -> str:
+    """The first line of settings.yaml: how to use it, and for which method it is."""
+    return f"# blokern train {method} --config {SETTINGS} --out FOLDER\n"
