@@ -27,6 +27,20 @@ constexpr const char* kFastBat =
     "clip_max)"
     " -> (Tensor delta, Tensor free)";
 
+// Masks are words, int64 [rows, ⌈cols / 64⌉]; a stream is (start, column, block), see sparse/stream.h, and
+// the products also carry that of the transposed mask, for their derivatives: none where no derivative is
+// wanted.
+#define STREAMS "Tensor start, Tensor column, int block, Tensor? start_t, Tensor? column_t, int block_t"
+constexpr const char* kProducts[] = {
+    "mask_words(Tensor mask) -> Tensor",
+    "words_mask(Tensor words, int cols) -> Tensor",
+    "transpose_words(Tensor words, int cols) -> Tensor",
+    "mask_stream(Tensor words, int cols, int block) -> (Tensor start, Tensor column)",
+    "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ") -> Tensor",
+    "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
+};
+#undef STREAMS
+
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
   for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
     text.replace(at, word.size(), by);
@@ -52,4 +66,5 @@ TORCH_LIBRARY(blokern, m) {
     for (const char* norm : {"linf", "l2", "l1"}) define(m, replaced(schema, "NORM", norm));
   }
   define(m, kFastBat);
+  for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

@@ -1,0 +1,160 @@
+"""Which entries of a weight are kept, as bits, and the forms in which the kernels walk them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SparseMask", "Stream"]
+
+# Entries of one row in one block of columns, at least on average: fewer, and a block's partial sums cost more than
+# the block's stay in the first-level cache saves.
+_ENTRIES_A_PART = 16
+_SMALLEST_BLOCK = 128
+
+
+class Stream(NamedTuple):
+    """Kept entries in the order of csrc/sparse/stream.h."""
+
+    start: Tensor
+    column: Tensor
+    block: int
+
+
+class SparseMask:
+    """The kept entries of a weight [out, ...]; a matrix [out, the rest] to every kernel.
+
+    The truth is one bit an entry, `words`; what the kernels walk is made from it when first asked for, and kept until
+    the mask changes. Copies and pickles carry the bits alone.
+
+    mask: bool, at least two-dimensional, fewer than 2³¹ entries. Raises TypeError or ValueError for others.
+
+    >>> mask = SparseMask(torch.tensor([[True, False], [False, False]]))
+    >>> mask.kept, mask.density
+    (1, 0.25)
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        #: Grows with every change of the bits.
+        self.version = 0
+        self.shape = mask.shape
+        self._set(mask)
+
+    def _set(self, mask: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+        if mask.dim() < 2:
+            raise ValueError(
+                f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}"
+            )
+        if mask.numel() >= 2**31:
+            raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
+        #: int64 [rows, ⌈cols / 64⌉]; column c is bit c % 64 of word c // 64.
+        self.words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
+        self._drop_caches()
+
+    def _drop_caches(self) -> None:
+        self._streams: dict[bool, Stream] = {}
+        self._kept: int | None = None
+
+    def update_(self, mask: Tensor) -> SparseMask:
+        """Take the bits of `mask`, of the same shape."""
+        if mask.shape != self.shape:
+            raise ValueError(f"mask must have shape {tuple(self.shape)}, got {tuple(mask.shape)}")
+        self._set(mask)
+        self.version += 1
+        return self
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def kept(self) -> int:
+        """How many entries are kept."""
+        if self._kept is None:
+            self._kept = int(self.to_dense().sum())
+        return self._kept
+
+    @property
+    def density(self) -> float:
+        """The kept entries' share; 0 for an empty mask."""
+        return self.kept / max(1, self.rows * self.cols)
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def to_dense(self) -> Tensor:
+        """The mask as bool, in its shape."""
+        dense: Tensor = torch.ops.blokern.words_mask(self.words, self.cols)
+        return dense.view(self.shape)
+
+    def stream(self, *, transposed: bool = False) -> Stream:
+        """The entries as the kernels walk them, of the matrix or of its transpose."""
+        if transposed not in self._streams:
+            words, cols = self.words, self.cols
+            if transposed:
+                words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
+            block = _block(self.density, cols)
+            start, column = torch.ops.blokern.mask_stream(words, cols, block)
+            self._streams[transposed] = Stream(start, column, block)
+        return self._streams[transposed]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"version": self.version, "shape": self.shape, "words": self.words}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._drop_caches()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same entries are kept."""
+        if not isinstance(other, SparseMask):
+            return NotImplemented
+        return self.shape == other.shape and torch.equal(self.words, other.words)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def __repr__(self) -> str:
+        return f"SparseMask(shape={tuple(self.shape)}, density={self.density:.4g})"
+
+
+def _block(density: float, cols: int) -> int:
+    """Columns a block, a multiple of 64."""
+    wanted = max(_SMALLEST_BLOCK, _ENTRIES_A_PART / max(density, 1e-9))
+    return 64 * math.ceil(min(wanted, max(cols, 1)) / 64)
+
+
+# ---- Fakes
+
+
+def _fake_words(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], (mask.shape[1] + 63) // 64, dtype=torch.int64)
+
+
+def _fake_mask(words: Tensor, cols: int) -> Tensor:
+    return words.new_empty(words.shape[0], cols, dtype=torch.bool)
+
+
+def _fake_transpose(words: Tensor, cols: int) -> Tensor:
+    return words.new_empty(cols, (words.shape[0] + 63) // 64)
+
+
+def _fake_stream(words: Tensor, cols: int, block: int) -> tuple[Tensor, Tensor]:
+    parts = (cols + block - 1) // block * words.shape[0]
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return words.new_empty(parts + 1, dtype=torch.int32), words.new_empty(kept, dtype=torch.int32)
+
+
+torch.library.register_fake("blokern::mask_words", _fake_words)
+torch.library.register_fake("blokern::words_mask", _fake_mask)
+torch.library.register_fake("blokern::transpose_words", _fake_transpose)
+torch.library.register_fake("blokern::mask_stream", _fake_stream)

@@ -1,0 +1,140 @@
+"""Products with a masked weight that do work for the kept entries only, and read no other weight.
+
+float64, float32 or bfloat16 (sums in float32), any strides, CPU. Differentiable any number of times: the two products
+are each other's derivatives. A row's sum has one order, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blokern.ops.mask import SparseMask
+
+__all__ = ["masked_linear", "sddmm", "spmm"]
+
+
+def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(weight ⊙ mask) @ x, + bias [rows, 1]: a new [rows, samples], laid out like x.
+
+    weight: [rows, cols]; mask: bool of that shape, or a SparseMask, which keeps what a bool mask costs at every call;
+    x: [cols, samples]; bias: [rows]. A masked weight may hold anything, NaN too. Raises ValueError or TypeError,
+    naming the argument, for shapes, dtypes or devices that do not fit.
+
+    >>> spmm(torch.eye(2), torch.tensor([[True, False], [False, False]]), torch.ones(2, 3))
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    """
+    mask = _as_mask(mask)
+    _check_mask(mask, weight, "weight")
+    out: Tensor = torch.ops.blokern.spmm(weight, x, bias, *_streams(mask, weight, x))
+    return out
+
+
+def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
+    """(a @ b.T) ⊙ mask, dense [rows, cols], with zeros where the mask is 0.
+
+    a: [rows, samples]; b: [cols, samples]; mask as in :func:`spmm`, and so are the errors.
+
+    >>> sddmm(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([[True, False], [False, False]]))
+    tensor([[3., 0.],
+            [0., 0.]])
+    """
+    mask = _as_mask(mask)
+    if a.dim() == 2 and b.dim() == 2 and (mask.rows, mask.cols) != (len(a), len(b)):
+        raise ValueError(f"mask must have shape {(len(a), len(b))} to fit a and b, got {tuple(mask.shape)}")
+    out: Tensor = torch.ops.blokern.sddmm(a, b, *_streams(mask, a, b))
+    return out
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Tensor | SparseMask, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight ⊙ mask, bias), and a gradient of weight that is zero where the mask is 0.
+
+    x: [..., in]; weight: [out, in]; mask and errors as in :func:`spmm`; bias: [out].
+
+    >>> masked_linear(torch.ones(1, 2), torch.eye(2), torch.tensor([[True, False], [False, False]]))
+    tensor([[1., 0.]])
+    """
+    if x.dim() == 0:
+        raise ValueError("x must have a dimension of features, [..., in], got a scalar tensor")
+    samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = spmm(weight, mask, samples.t(), bias).t()
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _as_mask(mask: Tensor | SparseMask) -> SparseMask:
+    if isinstance(mask, SparseMask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool Tensor or a SparseMask, got {type(mask).__name__}")
+    return SparseMask(mask)
+
+
+def _check_mask(mask: SparseMask, like: Tensor, name: str) -> None:
+    if mask.shape != like.shape:
+        raise ValueError(f"mask must have the shape of {name}, {tuple(like.shape)}, got {tuple(mask.shape)}")
+
+
+def _streams(mask: SparseMask, *factors: Tensor) -> tuple[Any, ...]:
+    """The mask as the ops take it; its transpose serves derivatives alone."""
+    if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+        return *mask.stream(), *mask.stream(transposed=True)
+    return *mask.stream(), None, None, 0
+
+
+# ---- Fakes and derivatives. `streams` is (start, column, block) of the mask and of its transpose.
+
+
+def _turned(streams: tuple[Any, ...]) -> tuple[Any, ...]:
+    return streams[3:] + streams[:3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *factors, start, column, block, start_t, column_t, block_t = inputs
+    ctx.save_for_backward(*factors[:2], start, column, start_t, column_t)
+    ctx.blocks = block, block_t
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    first, second, start, column, start_t, column_t = ctx.saved_tensors
+    return first, second, (start, column, ctx.blocks[0], start_t, column_t, ctx.blocks[1])
+
+
+def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, x, streams = _saved(ctx)
+    needs_weight, needs_x, needs_bias = ctx.needs_input_grad[:3]
+    return (
+        torch.ops.blokern.sddmm(grad, x, *streams) if needs_weight else None,
+        torch.ops.blokern.spmm(weight.t(), grad, None, *_turned(streams)) if needs_x else None,
+        grad.sum(1) if needs_bias else None,
+        *[None] * 6,
+    )
+
+
+def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, streams = _saved(ctx)
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    return (
+        torch.ops.blokern.spmm(grad, b, None, *streams) if needs_a else None,
+        torch.ops.blokern.spmm(grad.t(), a, None, *_turned(streams)) if needs_b else None,
+        *[None] * 6,
+    )
+
+
+def _fake_spmm(weight: Tensor, x: Tensor, *_: object) -> Tensor:
+    rows, samples = weight.shape[0], x.shape[1]
+    if x.stride(0) == 1 and x.stride(1) != 1:
+        return x.new_empty(samples, rows).t()
+    return x.new_empty(rows, samples)
+
+
+def _fake_sddmm(a: Tensor, b: Tensor, *_: object) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0])
+
+
+torch.library.register_fake("blokern::spmm", _fake_spmm)
+torch.library.register_fake("blokern::sddmm", _fake_sddmm)
+torch.library.register_autograd("blokern::spmm", _spmm_backward, setup_context=_save)
+torch.library.register_autograd("blokern::sddmm", _sddmm_backward, setup_context=_save)

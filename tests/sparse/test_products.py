@@ -1,0 +1,257 @@
+"""spmm, sddmm and masked_linear against dense products in float64, and what they promise to torch and to callers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from blokern import _backend, ops
+from blokern.ops import SparseMask
+
+# Rows, columns, samples: around the widths of vectors, panels and blocks, and empty ones.
+SIZES = [
+    (1, 1, 1),
+    (5, 7, 3),
+    (64, 128, 128),
+    (33, 1000, 40),
+    (130, 300, 65),
+    (70, 65, 17),
+    (3, 2, 200),
+    (0, 4, 3),
+    (4, 0, 3),
+    (4, 3, 0),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def factors(
+    rows: int, cols: int, samples: int, density: float = 0.3, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight, mask and x [samples, cols]."""
+    generator = torch.Generator().manual_seed(rows + 10 * cols + 100 * samples)
+    weight = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, cols, generator=generator) < density
+    x = torch.randn(samples, cols, generator=generator, dtype=torch.float64)
+    return weight.to(dtype), mask, x.to(dtype)
+
+
+def assert_close(actual: Tensor, exact: Tensor, terms: Tensor) -> None:
+    """Within the dtype's rounding of the sum of its terms' magnitudes."""
+    assert actual.shape == exact.shape
+    bound = TOLERANCE[actual.dtype] * (terms + 1e-30)
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+def check_spmm(y: Tensor, weight: Tensor, mask: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+    kept = torch.where(mask, weight.double(), 0.0)
+    exact, terms = kept @ x.double(), kept.abs() @ x.double().abs()
+    if bias is not None:
+        exact, terms = exact + bias.double()[:, None], terms + bias.double().abs()[:, None]
+    assert_close(y, exact, terms)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+def test_products_are_the_dense_ones(size: tuple[int, int, int], density: float, dtype: torch.dtype) -> None:
+    weight, mask, x = factors(*size, density, dtype)
+    bias = torch.randn(size[0], generator=torch.Generator().manual_seed(1)).to(dtype)
+    check_spmm(ops.spmm(weight, mask, x.t()), weight, mask, x.t())
+    check_spmm(ops.spmm(weight, SparseMask(mask), x.t().contiguous(), bias), weight, mask, x.t(), bias)
+    check_spmm(ops.masked_linear(x, weight, mask, bias).t(), weight, mask, x.t(), bias)
+
+    a = torch.randn(size[0], size[2], generator=torch.Generator().manual_seed(2)).to(dtype)
+    b = x.t()
+    exact, terms = a.double() @ b.double().t(), a.double().abs() @ b.double().abs().t()
+    assert_close(ops.sddmm(a, b, mask), torch.where(mask, exact, 0.0), torch.where(mask, terms, 0.0))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows innermost": lambda t: t.t().contiguous().t(),
+    "every second": lambda t: torch.stack([t, t], dim=2)[:, :, 0],
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "of a wider matrix": lambda t: torch.cat([t, t], dim=1)[:, : t.shape[1]],
+    "reversed twice": lambda t: t.flip(0).flip(1).flip(0).flip(1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("size", [(70, 65, 17), (64, 128, 130)])
+def test_any_layout(layout: Callable[[Tensor], Tensor], size: tuple[int, int, int]) -> None:
+    weight, mask, x = factors(*size)
+    check_spmm(ops.spmm(layout(weight), layout(mask), layout(x.t())), weight, mask, x.t())
+    a = torch.randn(size[0], size[2], dtype=torch.float64)
+    assert torch.equal(ops.sddmm(layout(a), layout(x.t()), mask), ops.sddmm(a, x.t(), mask))
+
+
+def test_masked_linear_takes_any_batch() -> None:
+    weight, mask, x = factors(6, 8, 12)
+    y = ops.masked_linear(x.view(3, 4, 8), weight, mask)
+    assert y.shape == (3, 4, 6)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x.view(3, 4, 8), weight * mask))
+    torch.testing.assert_close(ops.masked_linear(x[0], weight, mask), weight.mul(mask) @ x[0])
+    assert ops.masked_linear(x, weight, mask).is_contiguous()
+
+
+@pytest.mark.parametrize("size", [(70, 65, 17), (64, 128, 130)])
+def test_a_masked_weight_is_never_read(size: tuple[int, int, int]) -> None:
+    weight, mask, x = factors(*size)
+    poisoned = torch.where(mask, weight, torch.nan).requires_grad_()
+    x.requires_grad_()
+    y = ops.masked_linear(x, poisoned, mask)
+    check_spmm(y.detach().t(), weight, mask, x.detach().t())
+    grads = torch.autograd.grad(y.sum(), (x, poisoned))
+    assert grads[0].isfinite().all()
+    assert (grads[1][~mask] == 0).all()
+
+
+def test_infinities_and_nans_stay_in_their_sample() -> None:
+    weight, mask, x = factors(20, 30, 70, density=1.0)
+    x[3, 4], x[5, 6] = torch.nan, torch.inf
+    y = ops.masked_linear(x, weight, mask)
+    assert y[3].isnan().all()
+    assert y[5].isinf().all()
+    others = [i for i in range(70) if i not in (3, 5)]
+    assert y[others].isfinite().all()
+
+
+@given(st.integers(1, 80), st.integers(1, 300), st.integers(1, 140), st.floats(0.0, 1.0))
+def test_any_size(rows: int, cols: int, samples: int, density: float) -> None:
+    weight, mask, x = factors(rows, cols, samples, density)
+    check_spmm(ops.spmm(weight, mask, x.t()), weight, mask, x.t())
+    product = ops.sddmm(weight @ x.t(), x.t(), mask)
+    torch.testing.assert_close(product, (weight @ x.t() @ x) * mask, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_derivatives(turned: bool) -> None:
+    weight, mask, x = factors(5, 70, 3, density=0.4)
+    sparse, bias = SparseMask(mask), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    inputs = (weight.requires_grad_(), (x if turned else x.t().contiguous()).requires_grad_(), bias)
+
+    def product(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.spmm(weight, sparse, x.t() if turned else x, bias)
+
+    # The derivative at a masked weight is zero by contract, and by differences too.
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+    a = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(70, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: ops.sddmm(a, b, sparse), (a, b))
+    assert torch.autograd.gradgradcheck(lambda a, b: ops.sddmm(a, b, sparse), (a, b))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    weight, mask, x = factors(150, 300, 130, 0.2, dtype)
+    mask[:40] = False  # parts of unequal rows
+    a = torch.randn(150, 130, generator=torch.Generator().manual_seed(3)).to(dtype)
+    outputs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append((ops.masked_linear(x, weight, mask), ops.sddmm(a, x.t(), mask)))
+    finally:
+        torch.set_num_threads(1)
+    for others in outputs[1:]:
+        assert all(map(torch.equal, outputs[0], others))
+
+
+EVERYWHERE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_products as t
+for size in t.SIZES:
+    for dtype in t.TOLERANCE:
+        t.test_products_are_the_dense_ones(size, 0.3, dtype)
+t.test_a_masked_weight_is_never_read((70, 65, 17))
+print(t._backend.CPU_CAPABILITY)
+"""
+
+
+def test_every_instruction_set() -> None:
+    built = _backend.C.cpu_capabilities.split()
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    best = torch.backends.cpu.get_cpu_capability()
+    known = order[: order.index(best) + 1] if best in order else ["DEFAULT"]
+    folder = str(Path(__file__).parent)
+    for name in (name for name in built if name in known):
+        environment = os.environ | {_backend.OVERRIDE: name}
+        run = subprocess.run(
+            [sys.executable, "-c", EVERYWHERE, folder],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == name
+
+
+def test_opcheck() -> None:
+    weight, mask, x = factors(5, 70, 3)
+    sparse = SparseMask(mask)
+    streams = *sparse.stream(), *sparse.stream(transposed=True)
+    bias = torch.randn(5, dtype=torch.float64)
+    blokern = torch.ops.blokern
+    for turned in (x.t(), x.t().contiguous()):
+        args = (weight.clone().requires_grad_(), turned.detach().requires_grad_(), bias.requires_grad_())
+        opcheck(blokern.spmm.default, (*args, *streams))
+    a, b = torch.randn(5, 3, requires_grad=True), torch.randn(70, 3, requires_grad=True)
+    opcheck(blokern.sddmm.default, (a, b, *streams))
+    # Of masks: their outputs' sizes are data, and there is nothing to differentiate.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(blokern.mask_words.default, (mask,), test_utils=tests)
+    opcheck(blokern.words_mask.default, (sparse.words, 70), test_utils=tests)
+    opcheck(blokern.transpose_words.default, (sparse.words, 70), test_utils=tests)
+    opcheck(blokern.mask_stream.default, (sparse.words, 70, 64), test_utils=tests)
+
+
+def test_compiled_equals_eager() -> None:
+    weight, mask, x = factors(5, 70, 3)
+    sparse = SparseMask(mask)
+    sparse.stream(), sparse.stream(transposed=True)  # made once, outside of the graph
+    leaves = [weight.requires_grad_(), x.requires_grad_()]
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return ops.masked_linear(x.sin(), weight, sparse).cos().sum()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    assert all(map(torch.allclose, eager, compiled))
+
+
+def test_wrong_calls_name_the_argument() -> None:
+    weight, mask, x = factors(5, 7, 3)
+    with pytest.raises(ValueError, match=r"mask must have the shape of weight, \(5, 7\), got \(5, 6\)"):
+        ops.spmm(weight, mask[:, :6], x.t())
+    with pytest.raises(TypeError, match=r"mask must be torch\.bool, got torch\.float64"):
+        ops.spmm(weight, mask.double(), x.t())
+    with pytest.raises(TypeError, match="mask must be a bool Tensor or a SparseMask, got list"):
+        ops.spmm(weight, mask.tolist(), x.t())
+    with pytest.raises(ValueError, match="x must have 7 features, one a column of weight, got 3"):
+        ops.spmm(weight, mask, x)
+    with pytest.raises(TypeError, match="x must have the dtype of weight, Double, got Float"):
+        ops.spmm(weight, mask, x.t().float())
+    with pytest.raises(TypeError, match="weight must be float64, float32 or bfloat16, got Long"):
+        ops.spmm(weight.long(), mask, x.t().long())
+    with pytest.raises(ValueError, match=r"bias must have shape \[5\], got \[4\]"):
+        ops.spmm(weight, mask, x.t(), torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="b must have the samples of a, 3, got 2"):
+        ops.sddmm(torch.ones(5, 3), torch.ones(7, 2), mask)
+    with pytest.raises(ValueError, match=r"mask must have shape \(5, 6\) to fit a and b, got \(5, 7\)"):
+        ops.sddmm(torch.ones(5, 3), torch.ones(6, 3), mask)
+    with pytest.raises(ValueError, match="x must have a dimension of features"):
+        ops.masked_linear(torch.tensor(1.0), weight, mask)
+    with pytest.raises(ValueError, match=r"the mask's stream is not that of a \[5, 7\] matrix"):
+        torch.ops.blokern.spmm(weight, x.t(), None, *SparseMask(mask[:4]).stream(), None, None, 0)
