@@ -149,8 +149,14 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """The commit measured; "-dirty" if anything but the results that a run itself writes differs from it."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", f":!{Path(__file__).parent / 'results'}")
+    return (commit or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*words: str) -> str:
     root = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    return subprocess.run(
+        ["git", *words], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
