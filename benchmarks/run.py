@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attack, bilevel, plot
+from benchmarks import attack, bilevel, plot, sparse
 from benchmarks.race import Case, Row, report, run_case, table, write
 
-SUITES: dict[str, Callable[[], Iterator[Case]]] = {"attack": attack.cases, "bilevel": bilevel.cases}
+SUITES: dict[str, Callable[[], Iterator[Case]]] = {
+    "attack": attack.cases,
+    "sparse": sparse.cases,
+    "bilevel": bilevel.cases,
+}
 #: Steps of a network take seconds, ops milliseconds.
-ROUNDS = {"attack": 31, "bilevel": 7}
+ROUNDS = {"attack": 31, "sparse": 9, "bilevel": 7}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -13,11 +13,16 @@ namespace blokern::checks {
 
 inline bool is_half(at::ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
 
-// A batch of images: [N, ...] of a floating type that kernels exist for.
-inline void images(const at::Tensor& t, const char* name) {
+// Of a floating type that kernels exist for.
+inline void floating(const at::Tensor& t, const char* name) {
   TORCH_CHECK_TYPE(
       t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || is_half(t.scalar_type()), name,
       " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+}
+
+// A batch of images, [N, ...].
+inline void images(const at::Tensor& t, const char* name) {
+  floating(t, name);
   TORCH_CHECK_VALUE(t.dim() >= 1, name, " must have a batch dimension, [N, ...], got a scalar tensor");
 }
 

@@ -31,6 +31,8 @@ constexpr const char* kFastBat =
 // the products also carry that of the transposed mask, for their derivatives: none where no derivative is
 // wanted.
 #define STREAMS "Tensor start, Tensor column, int block, Tensor? start_t, Tensor? column_t, int block_t"
+// The streams and the geometry of a convolution, and of its gradient by the input: see ops/convolution.py.
+#define PLANS "Tensor[] streams, Tensor[] streams_t, int[] geometry, int[] geometry_t"
 constexpr const char* kProducts[] = {
     "mask_words(Tensor mask) -> Tensor",
     "words_mask(Tensor words, int cols) -> Tensor",
@@ -38,8 +40,18 @@ constexpr const char* kProducts[] = {
     "mask_stream(Tensor words, int cols, int block) -> (Tensor start, Tensor column)",
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ") -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ") -> Tensor",
+    "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ") -> Tensor",
+    "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",
 };
 #undef STREAMS
+#undef PLANS
+
+// One mask a tensor, of its shape; a selection is over the whole list, or over each tensor by itself.
+constexpr const char* kSelections[] = {
+    "topk_mask(Tensor[] scores, float density, bool per_layer) -> Tensor[]",
+    "nm_mask(Tensor scores, int n, int m, int dim) -> Tensor",
+};
 
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
   for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
@@ -67,4 +79,5 @@ TORCH_LIBRARY(blokern, m) {
   }
   define(m, kFastBat);
   for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
+  for (const char* schema : kSelections) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

@@ -9,17 +9,24 @@ from blokern.ops.attack import (
     project_,
     random_start,
 )
+from blokern.ops.convolution import masked_conv2d
 from blokern.ops.mask import SparseMask
 from blokern.ops.products import masked_linear, sddmm, spmm
-from blokern.ops.types import Norm, PerSample
+from blokern.ops.sparse import channel_mask, filter_mask, nm_mask, topk_mask
+from blokern.ops.types import Norm, PerSample, Scope
 
 __all__ = [
     "Norm",
     "PerSample",
+    "Scope",
     "SparseMask",
     "apgd_step_",
+    "channel_mask",
     "fast_bat_step",
+    "filter_mask",
+    "masked_conv2d",
     "masked_linear",
+    "nm_mask",
     "pgd_step",
     "pgd_step_",
     "project",
@@ -27,4 +34,5 @@ __all__ = [
     "random_start",
     "sddmm",
     "spmm",
+    "topk_mask",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["SparseMask", "Stream"]
+__all__ = ["SparseMask", "Stream", "as_mask", "check_mask", "stream_of_words"]
+
+T = TypeVar("T")
 
 # Entries of one row in one block of columns, at least on average: fewer, and a block's partial sums cost more than
 # the block's stay in the first-level cache saves.
@@ -38,35 +41,46 @@ class SparseMask:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        #: Grows with every change of the bits.
-        self.version = 0
+        _check(mask)
         self.shape = mask.shape
-        self._set(mask)
-
-    def _set(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
-        if mask.dim() < 2:
-            raise ValueError(
-                f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}"
-            )
-        if mask.numel() >= 2**31:
-            raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
         #: int64 [rows, ⌈cols / 64⌉]; column c is bit c % 64 of word c // 64.
-        self.words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
-        self._drop_caches()
+        self.words: Tensor = self._packed(mask)
+        self._forget()
 
-    def _drop_caches(self) -> None:
-        self._streams: dict[bool, Stream] = {}
-        self._kept: int | None = None
+    @classmethod
+    def of_words(cls, words: Tensor, shape: torch.Size) -> SparseMask:
+        """The mask of this shape whose `words` these are; they are shared, not copied."""
+        mask = cls.__new__(cls)
+        mask.__setstate__({"shape": shape, "words": words})
+        wanted = (mask.rows, (mask.cols + 63) // 64)
+        if words.dtype != torch.int64 or words.shape != wanted:
+            raise ValueError(
+                f"words must be int64 {list(wanted)} for a mask of shape {tuple(shape)}, "
+                f"got {words.dtype} {list(words.shape)}"
+            )
+        return mask
 
     def update_(self, mask: Tensor) -> SparseMask:
         """Take the bits of `mask`, of the same shape."""
+        _check(mask)
         if mask.shape != self.shape:
             raise ValueError(f"mask must have shape {tuple(self.shape)}, got {tuple(mask.shape)}")
-        self._set(mask)
-        self.version += 1
+        self.words.copy_(self._packed(mask))
+        self._forget()
         return self
+
+    def _packed(self, mask: Tensor) -> Tensor:
+        words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
+        return words
+
+    def _forget(self) -> None:
+        self._cache: dict[Hashable, Any] = {}
+        self._cached_version = self.version
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of the bits, by whomever: a state_dict that is loaded changes `words` too."""
+        return self.words._version
 
     @property
     def rows(self) -> int:
@@ -79,9 +93,7 @@ class SparseMask:
     @property
     def kept(self) -> int:
         """How many entries are kept."""
-        if self._kept is None:
-            self._kept = int(self.to_dense().sum())
-        return self._kept
+        return self.cached("kept", lambda: int(self.to_dense().sum()))
 
     @property
     def density(self) -> float:
@@ -97,23 +109,36 @@ class SparseMask:
         dense: Tensor = torch.ops.blokern.words_mask(self.words, self.cols)
         return dense.view(self.shape)
 
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first asked for under this key, since the bits last changed.
+
+        A compiled graph cannot look at `version`: after a state_dict was loaded, call the model once in eager code.
+        """
+        if not torch.compiler.is_compiling() and self._cached_version != self.version:
+            self._forget()
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: T = self._cache[key]
+        return value
+
     def stream(self, *, transposed: bool = False) -> Stream:
         """The entries as the kernels walk them, of the matrix or of its transpose."""
-        if transposed not in self._streams:
-            words, cols = self.words, self.cols
+
+        def make() -> Stream:
             if transposed:
-                words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
-            block = _block(self.density, cols)
-            start, column = torch.ops.blokern.mask_stream(words, cols, block)
-            self._streams[transposed] = Stream(start, column, block)
-        return self._streams[transposed]
+                return stream_of_words(
+                    torch.ops.blokern.transpose_words(self.words, self.cols), self.rows, self.density
+                )
+            return stream_of_words(self.words, self.cols, self.density)
+
+        return self.cached(("stream", transposed), make)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"version": self.version, "shape": self.shape, "words": self.words}
+        return {"shape": self.shape, "words": self.words}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._drop_caches()
+        self._forget()
 
     def __eq__(self, other: object) -> bool:
         """Whether the same entries are kept."""
@@ -127,10 +152,36 @@ class SparseMask:
         return f"SparseMask(shape={tuple(self.shape)}, density={self.density:.4g})"
 
 
-def _block(density: float, cols: int) -> int:
-    """Columns a block, a multiple of 64."""
+def _check(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+    if mask.dim() < 2:
+        raise ValueError(f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}")
+    if mask.numel() >= 2**31:
+        raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
+
+
+def stream_of_words(words: Tensor, cols: int, density: float) -> Stream:
+    """A matrix's entries, in blocks of columns that suit their density."""
     wanted = max(_SMALLEST_BLOCK, _ENTRIES_A_PART / max(density, 1e-9))
-    return 64 * math.ceil(min(wanted, max(cols, 1)) / 64)
+    block = 64 * math.ceil(min(wanted, max(cols, 1)) / 64)
+    start, column = torch.ops.blokern.mask_stream(words, cols, block)
+    return Stream(start, column, block)
+
+
+def as_mask(mask: Tensor | SparseMask) -> SparseMask:
+    """The mask of an op's call; raises TypeError for anything else."""
+    if isinstance(mask, SparseMask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool Tensor or a SparseMask, got {type(mask).__name__}")
+    return SparseMask(mask)
+
+
+def check_mask(mask: SparseMask, like: Tensor, name: str) -> None:
+    """Raises ValueError unless the mask has the shape of `like`, called `name`."""
+    if mask.shape != like.shape:
+        raise ValueError(f"mask must have the shape of {name}, {tuple(like.shape)}, got {tuple(mask.shape)}")
 
 
 # ---- Fakes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blokern.ops.mask import SparseMask
+from blokern.ops.mask import SparseMask, as_mask, check_mask
 
 __all__ = ["masked_linear", "sddmm", "spmm"]
 
@@ -27,8 +27,8 @@ def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | No
     tensor([[1., 1., 1.],
             [0., 0., 0.]])
     """
-    mask = _as_mask(mask)
-    _check_mask(mask, weight, "weight")
+    mask = as_mask(mask)
+    check_mask(mask, weight, "weight")
     out: Tensor = torch.ops.blokern.spmm(weight, x, bias, *_streams(mask, weight, x))
     return out
 
@@ -42,7 +42,7 @@ def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
     tensor([[3., 0.],
             [0., 0.]])
     """
-    mask = _as_mask(mask)
+    mask = as_mask(mask)
     if a.dim() == 2 and b.dim() == 2 and (mask.rows, mask.cols) != (len(a), len(b)):
         raise ValueError(f"mask must have shape {(len(a), len(b))} to fit a and b, got {tuple(mask.shape)}")
     out: Tensor = torch.ops.blokern.sddmm(a, b, *_streams(mask, a, b))
@@ -62,19 +62,6 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor | SparseMask, bias: Te
     samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = spmm(weight, mask, samples.t(), bias).t()
     return y.reshape(*x.shape[:-1], y.shape[1])
-
-
-def _as_mask(mask: Tensor | SparseMask) -> SparseMask:
-    if isinstance(mask, SparseMask):
-        return mask
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool Tensor or a SparseMask, got {type(mask).__name__}")
-    return SparseMask(mask)
-
-
-def _check_mask(mask: SparseMask, like: Tensor, name: str) -> None:
-    if mask.shape != like.shape:
-        raise ValueError(f"mask must have the shape of {name}, {tuple(like.shape)}, got {tuple(mask.shape)}")
 
 
 def _streams(mask: SparseMask, *factors: Tensor) -> tuple[Any, ...]:

@@ -6,13 +6,26 @@ Each function has the signature of its namesake in :mod:`blokern.ops` and is wha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from blokern.ops.types import Norm, PerSample
+from blokern.ops.types import Norm, PerSample, Scope
 
-__all__ = ["apgd_step_", "fast_bat_step", "pgd_step", "pgd_step_", "project", "project_", "random_start"]
+__all__ = [
+    "apgd_step_",
+    "channel_mask",
+    "fast_bat_step",
+    "filter_mask",
+    "nm_mask",
+    "pgd_step",
+    "pgd_step_",
+    "project",
+    "project_",
+    "random_start",
+    "topk_mask",
+]
 
 
 def pgd_step(
@@ -120,6 +133,41 @@ def fast_bat_step(
     r = _rows(eps, z)
     lower, upper = torch.clamp(clip_min - x, min=-r), torch.clamp(clip_max - x, max=r)
     return u.clamp(-r, r).clamp(clip_min - x, clip_max - x), (lower < u) & (u < upper)
+
+
+def topk_mask(
+    scores: Tensor | Sequence[Tensor], density: float, *, scope: Scope = "global"
+) -> Tensor | list[Tensor]:
+    if isinstance(scores, Tensor):
+        return _largest(scores.flatten(), round(density * scores.numel())).view(scores.shape)
+    if scope == "layer":
+        return [_largest(s.flatten(), round(density * s.numel())).view(s.shape) for s in scores]
+    values = torch.cat([s.flatten().double() for s in scores])
+    parts = torch.split(_largest(values, round(density * len(values))), [s.numel() for s in scores])
+    return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
+    last = scores.movedim(dim, -1)
+    return (
+        _largest(last.reshape(*last.shape[:-1], last.shape[-1] // m, m), n).view(last.shape).movedim(-1, dim)
+    )
+
+
+def filter_mask(scores: Tensor, density: float) -> Tensor:
+    norms = scores.double().flatten(1).norm(dim=1)
+    kept = _largest(norms, round(density * len(norms)))
+    return kept.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+
+
+def channel_mask(scores: Tensor, density: float) -> Tensor:
+    return filter_mask(scores.transpose(0, 1), density).transpose(0, 1)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Marks the `count` largest of the last dimension, equal ones in the order of their indices."""
+    first = values.double().sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros(values.shape, dtype=torch.bool).scatter_(-1, first, True)
 
 
 def _rows(value: PerSample, like: Tensor) -> Tensor:

@@ -8,23 +8,14 @@
 #include <algorithm>
 #include <numeric>
 #include <tuple>
-#include <vector>
 
 #include "checks.h"
 #include "sparse/spmm.h"
 #include "sparse/stream.h"
+#include "sparse/torch_cpu.h"
 
 namespace blokern {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
-
-int64_t grain(int64_t elements_a_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_a_row));
-}
 
 // ---- Masks
 
@@ -87,56 +78,9 @@ std::tuple<Tensor, Tensor> mask_stream(const Tensor& words, int64_t cols, int64_
 
 // ---- Products
 
-Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols, int64_t block) {
-  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
-                   "start and column must be int32, got ", start.scalar_type(), " and ",
-                   column.scalar_type());
-  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1 &&
-                        stream.start[stream.blocks() * rows] == column.numel(),
-                    "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
-  return stream;
-}
-
-// body(begin, end) over rows with about the same number of entries, one part a thread. What a row's sum is
-// does not depend on the parts.
-template <class Body>
-void over_rows(const Stream& stream, int64_t work_an_entry, Body&& body) {
-  const int64_t entries = stream.start[stream.blocks() * stream.rows];
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + entries * work_an_entry / kGrain);
-  if (threads == 1) return body(0, stream.rows);
-  std::vector<int64_t> ends(threads, stream.rows);
-  int64_t seen = 0, part = 0;
-  for (int64_t r = 0; r < stream.rows && part < threads - 1; ++r) {
-    for (int64_t b = 0; b < stream.blocks(); ++b) {
-      const int32_t* const start = stream.start + b * stream.rows + r;
-      seen += start[1] - start[0];
-    }
-    // An empty row costs its output alone: counting it as one entry spreads those too.
-    while (part < threads - 1 && (seen + r + 1) * threads >= (part + 1) * (entries + stream.rows))
-      ends[part++] = r + 1;
-  }
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) body(t == 0 ? 0 : ends[t - 1], ends[t]);
-  });
-}
-
 template <class T>
 Matrix<const T> matrix(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
-}
-
-template <class F>
-void dispatch(at::ScalarType type, F&& f) {
-  if (type == at::kDouble) return f.template operator()<double>();
-  if (type == at::kFloat) return f.template operator()<float>();
-  f.template operator()<at::BFloat16>();
-}
-
-void check_factor(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  checks::same_device(t, name, like, like_name);
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
-                   like.scalar_type(), ", got ", t.scalar_type());
 }
 
 void check_matrix(const Tensor& t, const char* name) {
@@ -146,19 +90,13 @@ void check_matrix(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 2, name, " must be a matrix, got shape ", t.sizes());
 }
 
-at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-template <class T>
-Tensor packed(const Tensor& x) {
+template <class T, int kSlot>
+const Accum<T>* packed(const Tensor& x) {
   using A = Accum<T>;
   const int64_t features = x.size(0), samples = x.size(1);
-  Tensor panels =
-      at::empty({features * padded<A>(samples)}, x.options().dtype(accumulation_type(x.scalar_type())));
-  A* const data = panels.mutable_data_ptr<A>();
+  A* const panels = scratch<A, kSlot>(features * padded<A>(samples));
   at::parallel_for(0, features, grain(samples), [&](int64_t b, int64_t e) {
-    pack_panels<T>(matrix<T>(x), features, samples, data, b, e);
+    pack_panels<T>(matrix<T>(x), features, samples, panels, b, e);
   });
   return panels;
 }
@@ -191,14 +129,13 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
   const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
   dispatch(weight.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
-    const Tensor panels = packed<T>(x);
-    const Tensor values = at::empty({column.numel()}, panels.options());
-    A* const value = values.mutable_data_ptr<A>();
+    const A* const panels = packed<T, kFactor>(x);
+    A* const value = scratch<A, kValues>(column.numel());
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
     const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
     over_rows(stream, samples, [&](int64_t b, int64_t e) {
       gather_values<T>(stream, matrix<T>(weight), value, b, e);
-      spmm<T>(stream, value, panels.const_data_ptr<A>(), offset, out, samples, b, e);
+      spmm<T>(stream, value, panels, offset, out, samples, b, e);
     });
   });
   return y;
@@ -216,14 +153,14 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
   if (samples == 0) return product.zero_();
   dispatch(a.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
-    const Tensor a_panels = packed<T>(a), b_panels = packed<T>(b);
-    const Tensor values = at::empty({column.numel()}, a_panels.options());
-    A* const value = values.mutable_data_ptr<A>();
+    const A* const a_panels = packed<T, kFactor>(a);
+    const A* const b_panels = packed<T, kOtherFactor>(b);
+    A* const value = scratch<A, kValues>(column.numel());
     T* const dense = product.mutable_data_ptr<T>();
     over_rows(stream, samples, [&](int64_t first, int64_t last) {
-      sddmm<A>(stream, a_panels.const_data_ptr<A>(), b_panels.const_data_ptr<A>(), value, samples, first,
-               last);
-      scatter_values<T>(stream, value, dense, first, last);
+      sddmm<A>(stream, a_panels, b_panels, value, samples, first, last);
+      std::fill(dense + first * cols, dense + last * cols, T(0));
+      scatter_values<T>(stream, value, {dense, cols, 1}, first, last);
     });
   });
   return product;

@@ -7,45 +7,10 @@
 
 #include <cstdint>
 
+#include "sparse/lanes_cpu.h"
 #include "sparse/stream.h"
-#include "support/vec.h"
 
 namespace blokern {
-
-// A matrix in memory of any layout.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row_stride, col_stride;
-
-  T* at(int64_t row, int64_t col) const { return data + row * row_stride + col * col_stride; }
-};
-
-// Lanes of a wide panel fill half of the vector registers with sums; those of a narrow one, for few samples
-// and for what the wide ones leave, a cache line.
-template <class A>
-constexpr int64_t kNarrowLanes = 64 / sizeof(A);
-template <class A>
-constexpr int64_t kWideLanes = (kVectorBytes == 64 ? 4 : 8) * Vector<A>::size;
-
-// body(first sample, lanes of the panel) for each panel of a batch.
-template <class A, class Body>
-void for_each_panel(int64_t samples, Body&& body) {
-  for (int64_t first = 0; first < samples;) {
-    const bool wide = samples - first > kWideLanes<A> / 2;
-    const int64_t lanes = wide ? kWideLanes<A> : kNarrowLanes<A>;
-    body(first, lanes);
-    first += lanes;
-  }
-}
-
-// Samples with the last panel's idle lanes, which hold zeros.
-template <class A>
-int64_t padded(int64_t samples) {
-  int64_t total = 0;
-  for_each_panel<A>(samples, [&](int64_t, int64_t lanes) { total += lanes; });
-  return total;
-}
 
 // Rows [begin, end) of X [features, samples] into panels; that of sample s begins at panels + features · s.
 template <class T>
@@ -57,9 +22,10 @@ template <class T>
 void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>* values, int64_t begin,
                    int64_t end);
 
-// Rows [begin, end) of a dense [rows, cols] that holds the values, and zeros elsewhere.
+// The other way round; the weight's other elements stay as they are.
 template <class T>
-void scatter_values(const Stream& stream, const Accum<T>* values, T* dense, int64_t begin, int64_t end);
+void scatter_values(const Stream& stream, const Accum<T>* values, const Matrix<T>& weight, int64_t begin,
+                    int64_t end);
 
 // Rows [begin, end) of Y [rows, samples] = W X + bias.
 template <class T>

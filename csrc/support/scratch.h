@@ -8,8 +8,8 @@
 
 namespace blokern {
 
-// A block of at least `count` A's, valid until this thread's next call with the same A.
-template <class A>
+// A block of at least `count` A's, valid until this thread's next call with the same A and slot.
+template <class A, int kSlot = 0>
 inline A* scratch(int64_t count) {
   thread_local std::unique_ptr<A[]> block;
   thread_local int64_t capacity = 0;

@@ -66,6 +66,11 @@ def test_every_schema_is_checked_here() -> None:
         "mask_stream",
         "spmm",
         "sddmm",
+        "masked_conv2d",
+        "masked_conv2d_input",
+        "masked_conv2d_weight",
+        "topk_mask",
+        "nm_mask",
     }  # in tests/sparse
     assert registered - sparse == set(SCHEMAS)
 

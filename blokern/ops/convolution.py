@@ -1,0 +1,291 @@
+"""Convolution with a masked weight, for the kept entries only: csrc/sparse/conv.h says how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blokern.ops.mask import SparseMask, as_mask, check_mask
+
+__all__ = ["Geometry", "Plan", "masked_conv2d", "plan_of"]
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | SparseMask,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """F.conv2d(x, weight ⊙ mask, bias, stride, padding, dilation, groups), for the kept entries only.
+
+    x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
+    keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight
+    may hold anything, NaN too, and its gradient is zero. Samples innermost (strides (1, HWN, WN, N)) is the fastest
+    layout, and the result then has it too; else it is contiguous. Raises ValueError or TypeError, naming the argument.
+
+    >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    >>> masked_conv2d(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), 3.0), mask)
+    tensor([[[[3., 3.]]]])
+    """
+    mask = as_mask(mask)
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [out, in/groups, kh, kw], got shape {tuple(weight.shape)}")
+    check_mask(mask, weight, "weight")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be [N, in, H, W] or [in, H, W], got shape {tuple(x.shape)}")
+    shape = Geometry.of(x, weight, stride, padding, dilation, groups)
+    plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+class Geometry(NamedTuple):
+    """All that a plan depends on besides the mask: sizes and numbers along height and width."""
+
+    rows: int
+    channels: int
+    groups: int
+    taps: tuple[int, int]
+    size: tuple[int, int]  # of the input
+    out: tuple[int, int]
+    stride: tuple[int, int]
+    before: tuple[int, int]  # zeros above and to the left
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+        rows, own, *taps = weight.shape
+        strides = _pair(stride, "stride", 1)
+        dilations = _pair(dilation, "dilation", 1)
+        if groups < 1 or rows % groups != 0:
+            raise ValueError(f"groups must divide the {rows} output channels, got {groups}")
+        if x.shape[-3] != own * groups:
+            raise ValueError(
+                f"x must have {own * groups} channels, weight's {own} · {groups} groups, got {x.shape[-3]}"
+            )
+        reach = [d * (k - 1) for d, k in zip(dilations, taps, strict=True)]
+        if padding == "same":
+            if strides != (1, 1):
+                raise ValueError(f'padding="same" needs stride 1, got {strides}')
+            before, around = tuple(r // 2 for r in reach), tuple(reach)
+        else:
+            before = _pair(0 if padding == "valid" else padding, "padding", 0)
+            around = tuple(2 * p for p in before)
+        size = (x.shape[-2], x.shape[-1])
+        out = tuple((n + a - r - 1) // s + 1 for n, a, r, s in zip(size, around, reach, strides, strict=True))
+        if min(out) < 1:
+            raise ValueError(
+                f"x is too small: {tuple(x.shape)} for a kernel of {tuple(taps)} leaves no output"
+            )
+        return cls(rows, own * groups, groups, tuple(taps), size, out, strides, before, dilations)  # type: ignore[arg-type]
+
+
+class Plan(NamedTuple):
+    """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
+
+    streams: start, source (the entries' places in the weight) and offset (in the padded planes) of each piece;
+    geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order.
+    """
+
+    streams: list[Tensor]
+    streams_t: list[Tensor]
+    geometry: list[int]
+    geometry_t: list[int]
+
+
+def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
+    """The plan, made anew; masked_conv2d keeps it with the mask."""
+    forward, backward = _forward(mask, shape), _backward(mask, shape)
+    return Plan(forward[0], backward[0], forward[1], backward[1])
+
+
+def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
+    plane = [
+        max(before + n, (out - 1) * s + d * (k - 1) + 1)
+        for before, n, out, s, d, k in zip(
+            shape.before, shape.size, shape.out, shape.stride, shape.dilation, shape.taps, strict=True
+        )
+    ]
+    shifts = _outer(
+        [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], plane[1]
+    )
+    start, column, block = mask.stream()
+    row, taps, own = _rows(start, shape.rows), len(shifts), shape.channels // shape.groups
+    channel = row // (shape.rows // shape.groups) * own + column // taps
+    offset = channel * (plane[0] * plane[1]) + shifts[column % taps]
+    source = row * mask.cols + column
+    head = [shape.channels, shape.rows, *shape.out, *shape.before, *plane]
+    piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[0] * plane[1], shape.stride[1]]
+    return [start, source.int(), offset.int()], head + piece
+
+
+def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
+    """An input position meets only the taps with its remainder by the stride: a piece for each remainder."""
+    phases = [[*_phases(shape, axis)] for axis in (0, 1)]
+    reads = [[shift for phase in axis for shift in phase.shifts] for axis in phases]
+    before = [max([0, *(-shift for shift in axis)]) for axis in reads]
+    plane = [
+        b + max([out, *(phase.length + shift for phase in axis for shift in phase.shifts)])
+        for axis, b, out in zip(phases, before, shape.out, strict=True)
+    ]
+    own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
+    rows = shape.rows // shape.groups  # of the forward weight, a group
+    # [in, (out of the group, tap)]
+    dense = (
+        mask.to_dense()
+        .view(shape.groups, rows, own, taps)
+        .transpose(1, 2)
+        .reshape(shape.channels, rows, taps)
+    )
+    streams: list[Tensor] = []
+    geometry = [shape.rows, shape.channels, *shape.size, *before, *plane]
+    for high in phases[0]:
+        for wide in phases[1]:
+            tap = [h * shape.taps[1] + w for h in high.taps for w in wide.taps]
+            shifts = _outer(
+                [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], plane[1]
+            )
+            part = torch.zeros_like(dense)
+            part[:, :, tap] = dense[:, :, tap]
+            piece = SparseMask(part)
+            start, column, block = piece.stream()
+            place = torch.zeros(taps, dtype=torch.int64)
+            place[tap] = shifts
+            row = _rows(start, shape.channels)
+            group, inner, at = row // own, row % own, column % taps
+            channel = group * rows + column // taps
+            offset = channel * (plane[0] * plane[1]) + place[at]
+            source = (channel * own + inner) * taps + at
+            streams += [start, source.int(), offset.int()]
+            geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, plane[1], 1]
+    return streams, geometry
+
+
+class _Phase(NamedTuple):
+    """Input positions first, first + stride, …, length of them, along one axis, and the taps that reach them: the
+    t-th position meets the output's gradient at t + shift."""
+
+    first: int
+    length: int
+    taps: list[int]
+    shifts: list[int]
+
+
+def _phases(shape: Geometry, axis: int) -> Iterator[_Phase]:
+    stride, before, dilation = shape.stride[axis], shape.before[axis], shape.dilation[axis]
+    for first in range(min(stride, shape.size[axis])):
+        taps = [k for k in range(shape.taps[axis]) if (first + before - k * dilation) % stride == 0]
+        shifts = [(first + before - k * dilation) // stride for k in taps]
+        yield _Phase(first, (shape.size[axis] - first + stride - 1) // stride, taps, shifts)
+
+
+def _outer(shifts: list[list[int]], width: int) -> Tensor:
+    """Shifts along both axes as one offset each in a plane of this width; int64 [taps]."""
+    high, wide = (torch.tensor(axis, dtype=torch.int64) for axis in shifts)
+    return (high[:, None] * width + wide).flatten()
+
+
+def _rows(start: Tensor, rows: int) -> Tensor:
+    """The row of every entry of a stream; int64."""
+    parts = torch.arange(len(start) - 1) % rows
+    return parts.repeat_interleave(start.diff())
+
+
+def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} must be one or two integers >= {least}, got {value!r}")
+    return pair
+
+
+# ---- Fakes and derivatives: each of the three is the derivative of the other two.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    streams, streams_t, geometry, geometry_t = inputs[-4:]
+    ctx.save_for_backward(*inputs[:2], *streams, *streams_t)
+    ctx.split, ctx.geometry = len(streams), (geometry, geometry_t)
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[:-1], output)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    first, second, *streams = ctx.saved_tensors
+    return first, second, (streams[: ctx.split], streams[ctx.split :], *ctx.geometry)
+
+
+def _no_grads(plan: tuple[Any, ...]) -> tuple[Any, ...]:
+    return [None] * len(plan[0]), [None] * len(plan[1]), None, None
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, plan = _saved(ctx)
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    return (
+        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan) if needs_x else None,
+        torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape) if needs_weight else None,
+        grad.sum((0, 2, 3)) if needs_bias else None,
+        *_no_grads(plan),
+    )
+
+
+def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    grad, weight, plan = _saved(ctx)
+    needs_grad, needs_weight = ctx.needs_input_grad[:2]
+    return (
+        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan) if needs_grad else None,
+        torch.ops.blokern.masked_conv2d_weight(grad, cotangent, *plan, weight.shape)
+        if needs_weight
+        else None,
+        *_no_grads(plan),
+    )
+
+
+def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    grad, x, plan = _saved(ctx)
+    needs_grad, needs_x = ctx.needs_input_grad[:2]
+    return (
+        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan) if needs_grad else None,
+        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan) if needs_x else None,
+        *_no_grads(plan),
+        None,
+    )
+
+
+def _like(x: Tensor, geometry: list[int]) -> Tensor:
+    sizes = rows, height, width = geometry[1:4]
+    samples = x.shape[0]
+    if x.stride(0) == 1 and samples > 1:
+        return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)
+    return x.new_empty(samples, rows, height, width)
+
+
+def _fake_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Any) -> Tensor:
+    return _like(x, plan[2])
+
+
+def _fake_input(grad: Tensor, weight: Tensor, *plan: Any) -> Tensor:
+    return _like(grad, plan[3])
+
+
+def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
+    return x.new_empty(plan[-1])
+
+
+for _name, _fake, _backward_of, _saves in (
+    ("masked_conv2d", _fake_conv2d, _conv2d_backward, _save),
+    ("masked_conv2d_input", _fake_input, _input_backward, _save),
+    ("masked_conv2d_weight", _fake_weight, _weight_backward, _save_weight),
+):
+    torch.library.register_fake(f"blokern::{_name}", _fake)
+    torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_saves)

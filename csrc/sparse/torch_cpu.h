@@ -1,0 +1,85 @@
+// What the registrations of the sparse products share on torch's side: dtypes, checks, threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "sparse/stream.h"
+#include "support/scratch.h"
+
+namespace blokern {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
+
+inline int64_t grain(int64_t elements_a_row) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_a_row));
+}
+
+template <class F>
+void dispatch(at::ScalarType type, F&& f) {
+  if (type == at::kDouble) return f.template operator()<double>();
+  if (type == at::kFloat) return f.template operator()<float>();
+  f.template operator()<at::BFloat16>();
+}
+
+inline void check_float(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
+      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
+}
+
+inline void check_factor(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  checks::same_device(t, name, like, like_name);
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
+                   like.scalar_type(), ", got ", t.scalar_type());
+}
+
+// Slots of the calling thread's scratch memory, beside the kernels' own.
+constexpr int kFactor = 1, kOtherFactor = 2, kValues = 3;
+
+inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
+                        int64_t block) {
+  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
+                   "start and column must be int32, got ", start.scalar_type(), " and ",
+                   column.scalar_type());
+  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
+  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1 &&
+                        stream.start[stream.blocks() * rows] == column.numel(),
+                    "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
+  return stream;
+}
+
+inline int64_t kept_entries(const Stream& stream) { return stream.start[stream.blocks() * stream.rows]; }
+
+// body(begin, end) over rows with about the same number of entries, one part a thread. What a row's sum is
+// does not depend on the parts.
+template <class Body>
+void over_rows(const Stream& stream, int64_t work_an_entry, Body&& body) {
+  const int64_t entries = kept_entries(stream);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), 1 + entries * work_an_entry / kGrain);
+  if (threads == 1) return body(0, stream.rows);
+  std::vector<int64_t> ends(threads, stream.rows);
+  int64_t seen = 0, part = 0;
+  for (int64_t r = 0; r < stream.rows && part < threads - 1; ++r) {
+    for (int64_t b = 0; b < stream.blocks(); ++b) {
+      const int32_t* const start = stream.start + b * stream.rows + r;
+      seen += start[1] - start[0];
+    }
+    // An empty row costs its output alone: counting it as one entry spreads those too.
+    while (part < threads - 1 && (seen + r + 1) * threads >= (part + 1) * (entries + stream.rows))
+      ends[part++] = r + 1;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) body(t == 0 ? 0 : ends[t - 1], ends[t]);
+  });
+}
+
+}  // namespace blokern

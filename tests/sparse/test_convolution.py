@@ -1,0 +1,271 @@
+"""masked_conv2d against F.conv2d in float64, and what it promises to torch and to callers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from blokern import _backend, ops
+from blokern.ops import SparseMask
+
+
+class Case(NamedTuple):
+    """x [n, groups · c, h, w], weight [groups · o, c, kh, kw]."""
+
+    n: int
+    c: int
+    o: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def tensors(self, dtype: torch.dtype = torch.float64, density: float = 0.4) -> tuple[Tensor, ...]:
+        """x, weight, mask, bias."""
+        g = torch.Generator().manual_seed(sum(self[:3]))
+        shapes = ((self.n, self.groups * self.c, *self.size), (self.groups * self.o, self.c, *self.kernel))
+        x, weight = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
+        bias = torch.randn(len(weight), generator=g, dtype=torch.float64).to(dtype)
+        return x, weight, torch.rand(weight.shape, generator=g) < density, bias
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+# Around the widths of vectors and panels; every kind of stride, border and group.
+CASES = [
+    Case(3, 4, 6, (7, 9), (3, 3), padding=(1, 1)),
+    Case(5, 2, 3, (8, 8), (3, 3), (2, 2), (1, 1), groups=2),
+    Case(2, 6, 4, (5, 5), (1, 1)),
+    Case(2, 3, 2, (5, 6), (1, 1), (2, 2), groups=2),
+    Case(70, 3, 5, (6, 6), (3, 3), padding=(1, 1)),
+    Case(4, 1, 1, (11, 9), (3, 3), (2, 2), (2, 2), (2, 2), groups=4),
+    Case(1, 3, 4, (14, 14), (7, 7), (2, 2), (3, 3)),
+    Case(2, 2, 3, (3, 2), (3, 3), (3, 3), (1, 1)),
+    Case(130, 2, 2, (4, 4), (3, 3), padding=(1, 1)),
+    Case(3, 2, 2, (9, 9), (2, 2), (3, 3), (0, 0), (2, 2)),
+    Case(2, 3, 140, (6, 5), (3, 2), (1, 2), (0, 1), (2, 1)),
+    Case(2, 80, 3, (3, 3), (3, 3), padding=(2, 2)),
+    Case(0, 2, 3, (4, 4), (3, 3)),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "samples innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "every second": lambda t: torch.stack([t, t], dim=4)[..., 0],
+    "rows apart": lambda t: torch.cat([t, t], dim=3)[..., : t.shape[3]],
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def check(case: Case, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], density: float = 0.4) -> None:
+    """Output and gradients within the dtype's rounding of the sum of their terms' magnitudes."""
+    x, weight, mask, bias = case.tensors(dtype, density)
+    inputs = [t.requires_grad_() for t in (layout(x), torch.where(mask, weight, torch.nan), bias)]
+    exact = [t.detach().double().requires_grad_() for t in (x, torch.where(mask, weight, 0), bias)]
+    sizes = [t.detach().abs().requires_grad_() for t in exact]
+
+    y = ops.masked_conv2d(inputs[0], inputs[1], mask, inputs[2], *case.how)
+    z, terms = (F.conv2d(*of, *case.how) for of in (exact, sizes))
+    assert y.is_contiguous() or y.stride(0) == 1
+    grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(y, inputs, layout(grad))
+    wanted = torch.autograd.grad(z, exact, grad.double())
+    bounds = torch.autograd.grad(terms, sizes, grad.double().abs())
+    assert (grads[1][~mask] == 0).all()
+    for got, want, bound in zip(
+        [y, *grads[:2]], [z, wanted[0], wanted[1] * mask], [terms, *bounds[:2]], strict=True
+    ):
+        assert got.shape == want.shape
+        assert ((got.double() - want).abs() <= TOLERANCE[dtype] * (bound + 1e-30)).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, LAYOUTS["contiguous"])
+    check(case, dtype, LAYOUTS["samples innermost"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", CASES[:7])
+def test_any_layout(case: Case, layout: Callable[[Tensor], Tensor]) -> None:
+    check(case, torch.float64, layout)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("case", CASES[:7])
+def test_any_density(case: Case, density: float) -> None:
+    check(case, torch.float64, LAYOUTS["contiguous"], density)
+
+
+@given(st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return data.draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+
+    case = Case(
+        data.draw(st.integers(1, 20)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 3)),
+        pair(1, 9),
+        pair(1, 3),
+        pair(1, 3),
+        pair(0, 3),
+        pair(1, 2),
+        data.draw(st.integers(1, 3)),
+    )
+    room = zip(case.size, case.padding, case.dilation, case.kernel, strict=True)
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in room))
+    check(case, torch.float64, LAYOUTS[data.draw(st.sampled_from([*LAYOUTS]))])
+
+
+def test_padding_in_words_and_single_images() -> None:
+    x, weight, mask, bias = Case(3, 4, 5, (7, 6), (3, 4)).tensors()
+    kept = weight * mask
+    for padding in ("same", "valid"):
+        got = ops.masked_conv2d(x, weight, mask, bias, padding=padding)
+        torch.testing.assert_close(got, F.conv2d(x, kept, bias, padding=padding))
+    got = ops.masked_conv2d(x[0], weight, SparseMask(mask), None, 1, 1)
+    torch.testing.assert_close(got, F.conv2d(x[0], kept, None, 1, 1))
+
+
+def test_samples_innermost_stays_so() -> None:
+    x, weight, mask, _ = Case(3, 4, 5, (7, 6), (3, 3)).tensors()
+    assert ops.masked_conv2d(x, weight, mask).is_contiguous()
+    y = ops.masked_conv2d(LAYOUTS["samples innermost"](x), weight, mask)
+    assert y.permute(1, 2, 3, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_derivatives(stride: int) -> None:
+    x, weight, mask, bias = Case(2, 2, 2, (5, 4), (3, 3), groups=2).tensors()
+    sparse = SparseMask(mask)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.masked_conv2d(x, weight, sparse, bias, stride, 1, 1, 2)
+
+    assert torch.autograd.gradcheck(conv, inputs)
+    assert torch.autograd.gradgradcheck(conv, inputs)
+
+
+def test_a_changed_mask_is_seen() -> None:
+    x, weight, mask, _ = CASES[0].tensors()
+    sparse = SparseMask(mask)
+    ops.masked_conv2d(x, weight, sparse, None, *CASES[0].how)
+    sparse.update_(~mask)
+    got = ops.masked_conv2d(x, weight, sparse, None, *CASES[0].how)
+    torch.testing.assert_close(got, F.conv2d(x, weight * ~mask, None, *CASES[0].how))
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    case = Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1))
+    x, weight, mask, _ = case.tensors(torch.float32)
+    mask[:10] = False
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    outputs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = ops.masked_conv2d(*inputs, mask, None, *case.how)
+            outputs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(1)
+    for others in outputs[1:]:
+        assert all(map(torch.equal, outputs[0], others))
+
+
+EVERYWHERE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_convolution as t
+for case in t.CASES:
+    for dtype in t.TOLERANCE:
+        t.check(case, dtype, t.LAYOUTS["contiguous"])
+print(t._backend.CPU_CAPABILITY)
+"""
+
+
+def test_every_instruction_set() -> None:
+    built = _backend.C.cpu_capabilities.split()
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    best = torch.backends.cpu.get_cpu_capability()
+    known = order[: order.index(best) + 1] if best in order else ["DEFAULT"]
+    for name in (name for name in built if name in known):
+        run = subprocess.run(
+            [sys.executable, "-c", EVERYWHERE, str(Path(__file__).parent)],
+            env=os.environ | {_backend.OVERRIDE: name},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == name
+
+
+def test_opcheck() -> None:
+    from blokern.ops.convolution import Geometry, plan_of
+
+    x, weight, mask, bias = CASES[1].tensors()
+    plan = plan_of(SparseMask(mask), Geometry.of(x, weight, *CASES[1].how))
+    grad = F.conv2d(x, weight, bias, *CASES[1].how)
+    blokern = torch.ops.blokern
+    leaves = [t.clone().requires_grad_() for t in (x, weight, grad)]
+    for layout in (LAYOUTS["contiguous"], LAYOUTS["samples innermost"]):
+        x, weight, grad = layout(leaves[0].detach()).requires_grad_(), leaves[1], leaves[2]
+        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan))
+        opcheck(blokern.masked_conv2d_input.default, (layout(grad.detach()).requires_grad_(), weight, *plan))
+        opcheck(blokern.masked_conv2d_weight.default, (grad, x, *plan, list(weight.shape)))
+
+
+def test_compiled_equals_eager() -> None:
+    x, weight, mask, _ = CASES[1].tensors()
+    sparse = SparseMask(mask)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.masked_conv2d(x.sin(), weight, sparse, None, *CASES[1].how).cos().sum()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)  # and so the mask's plan is made outside of the graph
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    assert all(map(torch.allclose, eager, compiled))
+
+
+def test_wrong_calls_name_the_argument() -> None:
+    x, weight, mask, bias = Case(2, 4, 6, (5, 5), (3, 3)).tensors()
+    for message, args in {
+        r"mask must have the shape of weight, \(6, 4, 3, 3\), got \(5, 4, 3, 3\)": (x, weight, mask[:5]),
+        r"weight must be \[out, in/groups, kh, kw\], got shape \(6, 4\)": (x, weight[:, :, 0, 0], mask),
+        r"x must be \[N, in, H, W\] or \[in, H, W\], got shape \(5, 5\)": (x[0, 0], weight, mask),
+        r"x must have 4 channels, weight's 4 · 1 groups, got 3": (x[:, :3], weight, mask),
+        "groups must divide the 6 output channels, got 4": (x, weight, mask, bias, 1, 0, 1, 4),
+        "stride must be one or two integers >= 1, got 0": (x, weight, mask, bias, 0),
+        r"padding must be one or two integers >= 0, got \(1, 2, 3\)": (x, weight, mask, bias, 1, (1, 2, 3)),
+        "dilation must be one or two integers >= 1, got 1.5": (x, weight, mask, bias, 1, 0, 1.5),
+        r'padding="same" needs stride 1, got \(2, 2\)': (x, weight, mask, bias, 2, "same"),
+        "padding must be .* got 'full'": (x, weight, mask, bias, 1, "full"),
+        r"x is too small: \(2, 4, 2, 5\) for a kernel of \(3, 3\)": (x[:, :, :2], weight, mask),
+        r"bias must have shape \[6\], got \[5\]": (x, weight, mask, bias[:5]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ops.masked_conv2d(*args)
+    with pytest.raises(TypeError, match="weight must have the dtype of x, Float, got Double"):
+        ops.masked_conv2d(x.float(), weight, mask)
+    with pytest.raises(TypeError, match="x must be float64, float32 or bfloat16, got Half"):
+        ops.masked_conv2d(x.half(), weight.half(), mask)

@@ -1,0 +1,167 @@
+"""Masked layers and sparsified networks against dense networks whose weights are zero where the mask is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blokern import models
+from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, masks_of, sparsify, to_dense
+
+
+def random_masks(model: nn.Module, density: float = 0.3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(p.shape, generator=generator) < density
+        for name, p in model.named_parameters()
+        if p.dim() > 1
+    }
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("preact_resnet18", num_classes=5, in_channels=3, width=4).double()
+
+
+def pruned(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """A dense copy with the masked weights zero."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name])
+    return model
+
+
+def test_a_network_and_its_gradients() -> None:
+    model = network()
+    masks = random_masks(model)
+    dense, sparse = pruned(model, masks), sparsify(model, masks)
+    x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(sparse(x), dense(x))
+    y = torch.tensor([0, 1, 2])
+    for net in (sparse, dense):
+        nn.functional.cross_entropy(net(x), y).backward()
+    for (name, got), want in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        assert got.grad is not None
+        assert want.grad is not None
+        torch.testing.assert_close(got.grad, want.grad * masks[name] if name in masks else want.grad)
+
+
+def test_parameters_hooks_and_names_stay() -> None:
+    model = network()
+    before, calls = dict(model.named_parameters()), []
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    sparsify(model, random_masks(model))
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    model(torch.rand(2, 3, 8, 8, dtype=torch.float64))
+    assert calls == [1]
+    assert isinstance(layer, MaskedConv2d)
+
+
+def test_masks_go_out_as_they_came_in() -> None:
+    model = network()
+    masks = random_masks(model)
+    found = masks_of(sparsify(model, masks))
+    assert found.keys() == masks.keys()
+    assert all(found[name].to_dense().equal(mask) for name, mask in masks.items())
+    alone = sparsify(nn.Linear(3, 2), {"weight": torch.ones(2, 3, dtype=torch.bool)})
+    assert list(masks_of(alone)) == ["weight"]
+    assert masks_of(nn.Linear(3, 2)) == {}
+
+
+def test_to_dense_undoes_it() -> None:
+    model = network()
+    masks, keys = random_masks(model), model.state_dict().keys()
+    dense = pruned(model, masks)
+    back = to_dense(sparsify(model, masks))
+    assert back.state_dict().keys() == keys
+    assert {type(m) for m in back.modules()} == {type(m) for m in dense.modules()}
+    assert all(map(torch.equal, back.state_dict().values(), dense.state_dict().values()))
+
+
+def test_state_dict_has_the_mask_and_brings_it_back() -> None:
+    first, second = network(), network()
+    plain = first.state_dict().keys()
+    masks = random_masks(first)
+    sparsify(first, masks)
+    others = {name: ~mask for name, mask in masks.items()}
+    sparsify(second, others)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    second(x)  # makes the other masks' forms, which must not outlive them
+    added = first.state_dict().keys() - plain
+    assert added == {name.replace(".weight", ".mask_words") for name in masks}
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(second.eval()(x), first.eval()(x))
+    assert masks_of(second) == masks_of(first)
+    third = sparsify(network(), others)
+    third.load_state_dict(first.state_dict(), assign=True)
+    torch.testing.assert_close(third.eval()(x), first.eval()(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_masks_of_their_own(copied: object) -> None:
+    layer = MaskedLinear(5, 4, mask=torch.rand(4, 5) < 0.5)
+    x = torch.randn(2, 5)
+    before = layer(x).detach()
+    twin = copied(layer)  # type: ignore[operator]
+    assert torch.equal(twin(x), before)
+    twin.mask.update_(torch.zeros(4, 5, dtype=torch.bool))
+    assert torch.equal(twin(x), layer.bias.expand(2, 4))
+    assert torch.equal(layer(x), before)
+
+
+def test_layers_alone() -> None:
+    mask = torch.rand(4, 3, 3, 3) < 0.5
+    conv = MaskedConv2d(3, 4, 3, stride=2, padding="valid", mask=SparseMask(mask))
+    x = torch.randn(2, 3, 9, 9)
+    want = nn.functional.conv2d(x, conv.weight * mask, conv.bias, 2)
+    torch.testing.assert_close(conv(x), want)
+    full = MaskedLinear(3, 2, bias=False)
+    torch.testing.assert_close(full(x[..., :3]), nn.functional.linear(x[..., :3], full.weight))
+    assert full.mask.density == 1
+    assert conv.double()(x.double()).dtype == torch.float64
+
+
+def test_a_new_mask_takes_the_place_of_the_old() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(3, 2)), {"0.weight": torch.ones(2, 3, dtype=torch.bool)})
+    sparsify(model, {"0.weight": torch.eye(2, 3).bool()})
+    assert masks_of(model)["0.weight"].kept == 2
+
+
+def test_a_mask_that_keeps_nothing_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"'0\.weight' keeps no weight: the layer's output is its bias"):
+        model = sparsify(nn.Sequential(nn.Linear(3, 2)), {"0.weight": torch.zeros(2, 3, dtype=torch.bool)})
+    assert torch.equal(model(torch.ones(1, 3)), model[0].bias[None])
+
+
+def test_wrong_masks_leave_the_model_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+    fits = {"0.weight": torch.ones(2, 3, dtype=torch.bool)}
+    for message, masks in {
+        r"'1\.weight' must be the weight of an nn\.Linear or nn\.Conv2d, got ReLU": {
+            "1.weight": fits["0.weight"]
+        },
+        r"'9\.weight' must be .* got no such module": {"9.weight": fits["0.weight"]},
+        r"'0\.bias' must be the weight of": {"0.bias": torch.ones(2, dtype=torch.bool)},
+        r"mask must have the shape of 0\.weight, \(2, 3\), got \(3, 2\)": {"0.weight": fits["0.weight"].t()},
+        r"'2\.weight' must be a layer that pads with zeros, got 'circular'": {
+            "2.weight": torch.ones(2, 2, 3, 3, dtype=torch.bool)
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, fits | masks)
+        assert type(model[0]) is nn.Linear
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"'0\.weight' is shared between '0' and '1'; untie it first"):
+        sparsify(tied, {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="padding_mode must be a layer that pads with zeros, got 'reflect'"):
+        MaskedConv2d(2, 2, 3, padding=1, padding_mode="reflect")
