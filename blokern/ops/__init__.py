@@ -12,7 +12,7 @@ from blokern.ops.attack import (
 from blokern.ops.convolution import masked_conv2d
 from blokern.ops.mask import SparseMask
 from blokern.ops.products import masked_linear, sddmm, spmm
-from blokern.ops.sparse import channel_mask, filter_mask, nm_mask, topk_mask
+from blokern.ops.selection import channel_mask, filter_mask, nm_mask, topk_mask
 from blokern.ops.types import Norm, PerSample, Scope
 
 __all__ = [
