@@ -151,7 +151,7 @@ def _processor() -> str:
 def _commit() -> str:
     """The commit measured; "-dirty" if anything but the results that a run itself writes differs from it."""
     commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", ":/", f":!{Path(__file__).parent / 'results'}")
+    changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
     return (commit or "unknown") + ("-dirty" if changed else "")
 
 
