@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
+from instruction_sets import supported
 
 from blokern import _backend
-
-X86_ORDER = ["DEFAULT", "AVX2", "AVX512"]
 
 # Every op on every dtype and norm, hashed: run once an instruction set, compared bit for bit.
 DIGEST = """
@@ -41,13 +40,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
-
-
-def supported() -> list[str]:
-    built = _backend.C.cpu_capabilities.split()
-    best = torch.backends.cpu.get_cpu_capability()
-    known = X86_ORDER[: X86_ORDER.index(best) + 1] if best in X86_ORDER else ["DEFAULT"]
-    return [name for name in built if name in known]
 
 
 def test_same_bits_on_every_instruction_set() -> None:

@@ -25,6 +25,8 @@ def masked_conv2d(
 ) -> Tensor:
     """F.conv2d(x, weight ⊙ mask, bias, stride, padding, dilation, groups), for the kept entries only.
 
+    float64, float32 or bfloat16 (sums in float32), one dtype for all.
+
     x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
     keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight
     may hold anything, NaN too, and its gradient is zero. Samples innermost (strides (1, HWN, WN, N)) is the fastest
@@ -122,6 +124,7 @@ def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]
     channel = row // (shape.rows // shape.groups) * own + column // taps
     offset = channel * (plane[0] * plane[1]) + shifts[column % taps]
     source = row * mask.cols + column
+    _check_offsets(shape.channels, plane)
     head = [shape.channels, shape.rows, *shape.out, *shape.before, *plane]
     piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[0] * plane[1], shape.stride[1]]
     return [start, source.int(), offset.int()], head + piece
@@ -136,6 +139,7 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
         b + max([out, *(phase.length + shift for phase in axis for shift in phase.shifts)])
         for axis, b, out in zip(phases, before, shape.out, strict=True)
     ]
+    _check_offsets(shape.rows, plane)
     own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
     rows = shape.rows // shape.groups  # of the forward weight, a group
     # [in, (out of the group, tap)]
@@ -167,6 +171,13 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
             streams += [start, source.int(), offset.int()]
             geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, plane[1], 1]
     return streams, geometry
+
+
+def _check_offsets(channels: int, plane: list[int]) -> None:
+    if channels * plane[0] * plane[1] >= 2**31:
+        raise ValueError(
+            f"x is too large: {channels} channels of {plane[0]} · {plane[1]} pixels with their zeros are 2^31 or more"
+        )
 
 
 class _Phase(NamedTuple):

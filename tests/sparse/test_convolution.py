@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +10,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from instruction_sets import check_everywhere
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from blokern import _backend, ops
+from blokern import ops
 from blokern.ops import SparseMask
 
 
@@ -192,31 +190,15 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 EVERYWHERE = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import test_convolution as t
 for case in t.CASES:
     for dtype in t.TOLERANCE:
         t.check(case, dtype, t.LAYOUTS["contiguous"])
-print(t._backend.CPU_CAPABILITY)
 """
 
 
 def test_every_instruction_set() -> None:
-    built = _backend.C.cpu_capabilities.split()
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    best = torch.backends.cpu.get_cpu_capability()
-    known = order[: order.index(best) + 1] if best in order else ["DEFAULT"]
-    for name in (name for name in built if name in known):
-        run = subprocess.run(
-            [sys.executable, "-c", EVERYWHERE, str(Path(__file__).parent)],
-            env=os.environ | {_backend.OVERRIDE: name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.strip() == name
+    check_everywhere(EVERYWHERE, Path(__file__).parent)
 
 
 def test_opcheck() -> None:
@@ -261,6 +243,11 @@ def test_wrong_calls_name_the_argument() -> None:
         r'padding="same" needs stride 1, got \(2, 2\)': (x, weight, mask, bias, 2, "same"),
         "padding must be .* got 'full'": (x, weight, mask, bias, 1, "full"),
         r"x is too small: \(2, 4, 2, 5\) for a kernel of \(3, 3\)": (x[:, :, :2], weight, mask),
+        r"x is too large: 4 channels of 40000 · 40000": (
+            x[:1, :, :1, :1].expand(1, 4, 40000, 40000),
+            weight,
+            mask,
+        ),
         r"bias must have shape \[6\], got \[5\]": (x, weight, mask, bias[:5]),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import check_everywhere
 from torch import Tensor
 from torch.library import opcheck
 
-from blokern import _backend, ops
+from blokern import ops
 from blokern.ops import SparseMask
 
 # Rows, columns, samples: around the widths of vectors, panels and blocks, and empty ones.
@@ -168,34 +166,16 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
 
 
 EVERYWHERE = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import test_products as t
 for size in t.SIZES:
     for dtype in t.TOLERANCE:
         t.test_products_are_the_dense_ones(size, 0.3, dtype)
 t.test_a_masked_weight_is_never_read((70, 65, 17))
-print(t._backend.CPU_CAPABILITY)
 """
 
 
 def test_every_instruction_set() -> None:
-    built = _backend.C.cpu_capabilities.split()
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    best = torch.backends.cpu.get_cpu_capability()
-    known = order[: order.index(best) + 1] if best in order else ["DEFAULT"]
-    folder = str(Path(__file__).parent)
-    for name in (name for name in built if name in known):
-        environment = os.environ | {_backend.OVERRIDE: name}
-        run = subprocess.run(
-            [sys.executable, "-c", EVERYWHERE, folder],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.strip() == name
+    check_everywhere(EVERYWHERE, Path(__file__).parent)
 
 
 def test_opcheck() -> None:

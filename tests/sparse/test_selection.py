@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import check_everywhere
 from torch import Tensor
 from torch.library import opcheck
 
-from blokern import _backend, ops
+from blokern import ops
 from blokern.ops import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -223,8 +221,6 @@ def test_denormals_rank_in_every_mode_of_the_processor() -> None:
 
 
 EVERYWHERE = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import test_selection as t
 for dtype in t.DTYPES:
     for make in t.SCORES.values():
@@ -235,25 +231,11 @@ for dtype in t.DTYPES:
         t.test_nm_keeps_the_largest_of_each_group(n, m, 1, dtype)
 t.test_mixed_dtypes_compare_exactly(t.DTYPES, "global")
 t.test_denormals_rank_in_every_mode_of_the_processor()
-print(t._backend.CPU_CAPABILITY)
 """
 
 
 def test_every_instruction_set() -> None:
-    built = _backend.C.cpu_capabilities.split()
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    best = torch.backends.cpu.get_cpu_capability()
-    known = order[: order.index(best) + 1] if best in order else ["DEFAULT"]
-    for name in (name for name in built if name in known):
-        run = subprocess.run(
-            [sys.executable, "-c", EVERYWHERE, str(Path(__file__).parent)],
-            env=os.environ | {_backend.OVERRIDE: name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.strip() == name
+    check_everywhere(EVERYWHERE, Path(__file__).parent)
 
 
 def test_opcheck() -> None:
