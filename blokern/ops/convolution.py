@@ -93,7 +93,7 @@ class Geometry(NamedTuple):
 class Plan(NamedTuple):
     """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
 
-    streams: start, source (the entries' places in the weight) and offset (in the padded planes) of each piece;
+    streams: start, source (the entries' places in the weight) and offset (in a tile of the input) of each piece;
     geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order.
     """
 
@@ -110,24 +110,23 @@ def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
 
 
 def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
-    plane = [
-        max(before + n, (out - 1) * s + d * (k - 1) + 1)
-        for before, n, out, s, d, k in zip(
-            shape.before, shape.size, shape.out, shape.stride, shape.dilation, shape.taps, strict=True
-        )
-    ]
+    reach = [d * (k - 1) for d, k in zip(shape.dilation, shape.taps, strict=True)]
+    height = _tile_height(shape.out[0], reach[0])
+    rows, width = (
+        (n - 1) * s + r + 1 for n, s, r in zip((height, shape.out[1]), shape.stride, reach, strict=True)
+    )
     shifts = _outer(
-        [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], plane[1]
+        [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], width
     )
     start, column, block = mask.stream()
     row, taps, own = _rows(start, shape.rows), len(shifts), shape.channels // shape.groups
     channel = row // (shape.rows // shape.groups) * own + column // taps
-    offset = channel * (plane[0] * plane[1]) + shifts[column % taps]
+    offset = channel * (rows * width) + shifts[column % taps]
     source = row * mask.cols + column
-    _check_offsets(shape.channels, plane)
-    head = [shape.channels, shape.rows, *shape.out, *shape.before, *plane]
-    piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[0] * plane[1], shape.stride[1]]
-    return [start, source.int(), offset.int()], head + piece
+    _check_offsets(shape.channels, rows, width)
+    tiling = [shape.channels, *shape.before, rows, width, height, shape.stride[0]]
+    piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[1]]
+    return [start, source.int(), offset.int()], [shape.rows, *shape.out, *tiling, *piece]
 
 
 def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -135,27 +134,26 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
     phases = [[*_phases(shape, axis)] for axis in (0, 1)]
     reads = [[shift for phase in axis for shift in phase.shifts] for axis in phases]
     before = [max([0, *(-shift for shift in axis)]) for axis in reads]
-    plane = [
-        b + max([out, *(phase.length + shift for phase in axis for shift in phase.shifts)])
-        for axis, b, out in zip(phases, before, shape.out, strict=True)
-    ]
-    _check_offsets(shape.rows, plane)
+    after = [max([0, *axis]) for axis in reads]
+    height = _tile_height(phases[0][0].length, before[0] + after[0])
+    rows, width = (b + n + a for b, n, a in zip(before, (height, phases[1][0].length), after, strict=True))
+    _check_offsets(shape.rows, rows, width)
     own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
-    rows = shape.rows // shape.groups  # of the forward weight, a group
+    filters = shape.rows // shape.groups  # of the forward weight, a group
     # [in, (out of the group, tap)]
     dense = (
         mask.to_dense()
-        .view(shape.groups, rows, own, taps)
+        .view(shape.groups, filters, own, taps)
         .transpose(1, 2)
-        .reshape(shape.channels, rows, taps)
+        .reshape(shape.channels, filters, taps)
     )
     streams: list[Tensor] = []
-    geometry = [shape.rows, shape.channels, *shape.size, *before, *plane]
+    geometry = [shape.channels, *shape.size, shape.rows, *before, rows, width, height, 1]
     for high in phases[0]:
         for wide in phases[1]:
             tap = [h * shape.taps[1] + w for h in high.taps for w in wide.taps]
             shifts = _outer(
-                [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], plane[1]
+                [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], width
             )
             part = torch.zeros_like(dense)
             part[:, :, tap] = dense[:, :, tap]
@@ -165,18 +163,24 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
             place[tap] = shifts
             row = _rows(start, shape.channels)
             group, inner, at = row // own, row % own, column % taps
-            channel = group * rows + column // taps
-            offset = channel * (plane[0] * plane[1]) + place[at]
+            channel = group * filters + column // taps
+            offset = channel * (rows * width) + place[at]
             source = (channel * own + inner) * taps + at
             streams += [start, source.int(), offset.int()]
-            geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, plane[1], 1]
+            geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, 1]
     return streams, geometry
 
 
-def _check_offsets(channels: int, plane: list[int]) -> None:
-    if channels * plane[0] * plane[1] >= 2**31:
+def _tile_height(height: int, reach: int) -> int:
+    """Output rows a tile: its rows of input, `reach` more, are then read at most one and a half times."""
+    return min(height, max(4, 2 * reach))
+
+
+def _check_offsets(channels: int, rows: int, width: int) -> None:
+    if channels * rows * width >= 2**31:
         raise ValueError(
-            f"x is too large: {channels} channels of {plane[0]} · {plane[1]} pixels with their zeros are 2^31 or more"
+            f"x is too large: {channels} channels of {rows} · {width} pixels, the input of a few rows of output, are "
+            "2^31 or more"
         )
 
 
@@ -274,7 +278,7 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
 
 
 def _like(x: Tensor, geometry: list[int]) -> Tensor:
-    sizes = rows, height, width = geometry[1:4]
+    sizes = rows, height, width = geometry[:3]
     samples = x.shape[0]
     if x.stride(0) == 1 and samples > 1:
         return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)

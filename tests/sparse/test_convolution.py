@@ -243,8 +243,8 @@ def test_wrong_calls_name_the_argument() -> None:
         r'padding="same" needs stride 1, got \(2, 2\)': (x, weight, mask, bias, 2, "same"),
         "padding must be .* got 'full'": (x, weight, mask, bias, 1, "full"),
         r"x is too small: \(2, 4, 2, 5\) for a kernel of \(3, 3\)": (x[:, :, :2], weight, mask),
-        r"x is too large: 4 channels of 40000 · 40000": (
-            x[:1, :, :1, :1].expand(1, 4, 40000, 40000),
+        r"x is too large: 4 channels of 6 · 134217728": (
+            x[:1, :, :1, :1].expand(1, 4, 6, 2**27),
             weight,
             mask,
         ),
