@@ -116,7 +116,7 @@ class BiP:
 
     1. θ takes the optimizer's step for the gradient m ⊙ g of the lower batch.
     2. g anew, dense, at the new θ on the upper batch; s ← s − score_lr · (θ − m ⊙ g / γ) ⊙ g, with momentum.
-    3. m keeps the highest scores: global top-k of s, or the filters, channels or n:m patterns of its largest norms.
+    3. m keeps the highest scores, or the filters or channels of the largest norms of s.
 
     In sweeps over the network, of which a dense training step has three, that is 1 + 5d at density d: only the dense g
     of step 2 works for pruned weights. BatchNorm's running statistics move twice a step; its parameters and the biases
@@ -126,8 +126,9 @@ class BiP:
     that code also decays parameters whose gradient is zero once more, which is left out here.
 
     Pruned are the weights of all nn.Linear and nn.Conv2d that require grad, first and last included, which become
-    masked layers; of granularity "filter" and "channel" convolutions alone, as in the paper. A layer that cannot be
-    pruned so stays dense: one of which no filter or channel would be left, or whose inputs are no multiple of m.
+    masked layers; of granularity "filter" and "channel" convolutions alone, as in the released code. A layer that
+    cannot be pruned so stays dense: one of which no filter or channel would be left, or whose inputs are no multiple
+    of m.
 
     loss_fn: the loss of both levels; attack x in it to prune a robust network. metrics: "upper_loss", and "changed",
     the share of the masks' bits that changed. Raises TypeError for an argument of another type, ValueError where no
