@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from blokern import __version__, cli, data, models
-from blokern.bilevel import METHODS, Plain, PlainSettings, checkpoint
+from blokern.bilevel import METHODS, BiP, BiPSettings, Plain, PlainSettings, checkpoint
 from blokern.bilevel.trainer import Trainer, TrainSettings
 from blokern.cli import bench, compare, dispatch, evaluate, info, options
+from blokern.sparse import to_dense
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -363,6 +364,25 @@ def test_evaluate_rebuilds_the_network_as_it_was(trained, tmp_path):
     test = data.load("synthetic:1x8x8x3").test
     with torch.no_grad():
         right = model(test.images / 255).argmax(1) == test.labels
+    assert json.loads(result_file.read_text())["clean_accuracy"] == pytest.approx(
+        right.double().mean().item()
+    )
+
+
+def test_evaluate_rebuilds_a_pruned_network(tmp_path):
+    network = {"name": "small_cnn", "num_classes": 3, "in_channels": 1, "width": 4}
+    recipe = {"model": network, "data": {"name": "synthetic:1x8x8x3"}}
+    splits = data.load("synthetic:1x8x8x3", train_limit=100)
+    settings = TrainSettings(epochs=1, batch_size=20, val_steps=1)
+    model = models.build(**network)
+    rule = BiP(model, settings.optimizer(model), BiPSettings(density=0.3))
+    Trainer(rule, splits, settings, tmp_path, recipe=recipe).fit()
+    result_file = tmp_path / "result.json"
+    command = ["evaluate", str(tmp_path / "last.pt"), "--attack=fgsm", "--json", str(result_file)]
+    assert cli.main(command) == 0
+    test = data.load("synthetic:1x8x8x3").test
+    with torch.no_grad():
+        right = to_dense(model).eval()(test.images / 255).argmax(1) == test.labels
     assert json.loads(result_file.read_text())["clean_accuracy"] == pytest.approx(
         right.double().mean().item()
     )

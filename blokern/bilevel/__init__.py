@@ -1,4 +1,6 @@
-"""Training methods as step rules: `Method(model, optimizer, settings).step(x, y)`, in anyone's loop."""
+"""Training methods as step rules: `Method(model, optimizer, settings).step(x, y)`, in anyone's loop.
+
+BiP prunes, and its step takes two batches."""
 
 from blokern.bilevel.adversarial import (
     NFGSMAT,
@@ -14,8 +16,9 @@ from blokern.bilevel.adversarial import (
     PlainSettings,
     TRADESSettings,
 )
+from blokern.bilevel.bip import BiP, BiPSettings
 from blokern.bilevel.fast_bat import FastBAT, FastBATSettings
-from blokern.bilevel.step import StepResult, StepRule
+from blokern.bilevel.step import StepResult, StepRule, TwoBatchRule
 from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "NFGSMAT",
     "PGDAT",
     "TRADES",
+    "BiP",
+    "BiPSettings",
     "FastAT",
     "FastATSettings",
     "FastBAT",
@@ -39,6 +44,7 @@ __all__ = [
     "TRADESSettings",
     "TrainSettings",
     "Trainer",
+    "TwoBatchRule",
 ]
 
 #: The command line's name of each method: its rule and its settings.

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blokern.sparse import SparseMask, sparsify
+
 __all__ = ["VERSION", "CheckpointError", "fingerprint", "load", "load_weights", "save", "write_atomically"]
 
 VERSION = 1
@@ -87,15 +89,18 @@ def fingerprint(path: str | Path) -> str:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """``model.load_state_dict(weights)``, with a message that sums up what does not fit.
 
+    Layers of which the weights have a mask, and the model not yet, are given it (:func:`blokern.sparse.sparsify`).
+
     Raises:
         CheckpointError: names or shapes differ; the model is unchanged.
 
     >>> load_weights(model, load("runs/a/best.pt")["model"], "runs/a/best.pt")
     """
-    expected = model.state_dict()
+    expected, masks = model.state_dict(), _new_masks(model, weights)
+    known = expected.keys() | {_words_of(name) for name in masks}
     problems = {
         "missing": [name for name in expected if name not in weights],
-        "unknown to the model": [name for name in weights if name not in expected],
+        "unknown to the model": [name for name in weights if name not in known],
         "of another shape": [
             f"{name} {list(weights[name].shape)} for {list(tensor.shape)}"
             for name, tensor in expected.items()
@@ -105,7 +110,24 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"{source} is of another architecture: weights {'; '.join(found)}")
+    sparsify(model, masks)
     model.load_state_dict(weights)
+
+
+def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, SparseMask]:
+    """The masks in `weights` that fit layers without one, by parameter name."""
+    masks = {}
+    for name, weight in model.named_parameters():
+        words = weights.get(_words_of(name))
+        if words is not None and type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Conv2d):
+            with contextlib.suppress(ValueError):
+                masks[name] = SparseMask.of_words(words.clone(), weight.shape)
+    return masks
+
+
+def _words_of(weight: str) -> str:
+    """The state_dict's key for the mask of this parameter."""
+    return f"{weight.removesuffix('weight')}mask_words" if weight.endswith("weight") else ""
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from blokern._names import unknown_name
 from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
-from blokern.bilevel.step import StepResult, StepRule
+from blokern.bilevel.step import ScoreRule, StatefulRule, StepResult, StepRule, TwoBatchRule
 from blokern.data import Batches, ImageDataset, Splits
 
 __all__ = ["Interrupted", "Record", "TrainSettings", "Trainer"]
@@ -129,7 +129,9 @@ class Trainer:
     same machine and number of threads, and on a GPU with ``torch.use_deterministic_algorithms(True)``.
 
     Args:
-        rule: the method; its optimizer's learning rate (and momentum, if cycled) is set before each step.
+        rule: the method; its optimizer's learning rate (and momentum, if cycled) is set before each step, and the
+            learning rate of its scores, if any: a tenth from 50 % of the run on, a hundredth from 75 % on. A rule of
+            two levels gets a second batch of the same images, in another order. State of its own is saved too.
         splits: the data; it is copied to the model's device.
         settings: see :class:`TrainSettings`; ``optimizer`` of it makes the optimizer they describe.
         run_dir: the folder of the run, made if needed.
@@ -151,7 +153,7 @@ class Trainer:
 
     def __init__(
         self,
-        rule: StepRule,
+        rule: StepRule | TwoBatchRule,
         splits: Splits,
         settings: TrainSettings,
         run_dir: str | Path,
@@ -187,15 +189,23 @@ class Trainer:
 
         if settings.channels_last:
             rule.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-        self._batches = Batches(
-            _on(self.device, splits.train),
-            settings.batch_size,
-            shuffle=True,
-            augment=settings.augment,
-            drop_last=True,  # a last batch of one image would spoil BatchNorm's statistics
-            seed=settings.seed,
-            channels_last=settings.channels_last,
-        )
+        seeds = [settings.seed]
+        if isinstance(rule, TwoBatchRule):
+            seeds.append(-1 - settings.seed)  # no other run's
+        train = _on(self.device, splits.train)
+        self._streams = [  # one a level
+            Batches(
+                train,
+                settings.batch_size,
+                shuffle=True,
+                augment=settings.augment,
+                drop_last=True,  # a last batch of one image would spoil BatchNorm's statistics
+                seed=seed,
+                channels_last=settings.channels_last,
+            )
+            for seed in seeds
+        ]
+        self._batches = self._streams[0]
         validation = splits.val.subset(range(min(len(splits.val), settings.val_samples)))
         self._validation = Batches(
             _on(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
@@ -266,9 +276,11 @@ class Trainer:
             self._totals.seconds += now - start
             start = now
 
-        for x, y in self._batches.epoch(self._epoch, self._batch):
+        for batches in zip(*(s.epoch(self._epoch, self._batch) for s in self._streams), strict=True):
             self._set_rates()
-            pending.append((self._batch + 1, y, self.rule.step(x, y)))
+            rule = self.rule
+            result = rule.step(*batches) if isinstance(rule, TwoBatchRule) else rule.step(*batches[0])
+            pending.append((self._batch + 1, batches[0][1], result))
             self._batch += 1
             bar.update()
             due = time.monotonic() - self._saved_at > 60 * self.checkpoint_minutes
@@ -290,6 +302,10 @@ class Trainer:
             )
             if self.settings.cycle_momentum:
                 group["momentum"] = schedule.momentum(step, total, base=self.settings.momentum, cycle=True)
+        if isinstance(self.rule, ScoreRule):
+            self.rule.score_lr = schedule.learning_rate(
+                step, total, peak=self.rule.settings.score_lr, schedule="multistep"
+            )
 
     def _read(self, pending: list[tuple[int, Tensor, StepResult]]) -> None:
         """Bring the results of some steps to the host and add them up."""
@@ -403,6 +419,7 @@ class Trainer:
                 **self._identity,
                 "model": self.rule.model.state_dict(),
                 "optimizer": self.rule.optimizer.state_dict(),
+                **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
                 "rng": self._rng,
                 "epoch": self._epoch,
                 "batch": self._batch,
@@ -425,6 +442,11 @@ class Trainer:
             self.rule.optimizer.load_state_dict(payload["optimizer"])
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{source} is of another optimizer: {error}") from error
+        if isinstance(self.rule, StatefulRule):
+            try:
+                self.rule.load_state_dict(payload["rule"])
+            except ValueError as error:
+                raise checkpoint.CheckpointError(f"{source} is of another model: {error}") from error
         self._rng = payload["rng"]
         self._epoch, self._batch = payload["epoch"], payload["batch"]
         self._totals = _Totals(**payload["totals"])

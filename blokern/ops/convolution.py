@@ -22,6 +22,8 @@ def masked_conv2d(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    *,
+    dense_grad: bool = False,
 ) -> Tensor:
     """F.conv2d(x, weight ⊙ mask, bias, stride, padding, dilation, groups), for the kept entries only.
 
@@ -30,7 +32,8 @@ def masked_conv2d(
     x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
     keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight
     may hold anything, NaN too, and its gradient is zero. Samples innermost (strides (1, HWN, WN, N)) is the fastest
-    layout, and the result then has it too; else it is contiguous. Raises ValueError or TypeError, naming the argument.
+    layout, and the result then has it too; else it is contiguous. With dense_grad, derivatives are those by
+    w = weight ⊙ mask itself, as in :func:`masked_linear`. Raises ValueError or TypeError, naming the argument.
 
     >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     >>> masked_conv2d(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), 3.0), mask)
@@ -45,7 +48,8 @@ def masked_conv2d(
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
     plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan)
+    dense = [*shape.stride, *shape.before, *shape.dilation] if dense_grad else None
+    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -225,13 +229,10 @@ def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    streams, streams_t, geometry, geometry_t = inputs[-4:]
+    # Last comes dense_grad, or the weight's shape where there is no other gradient to choose.
+    *_, streams, streams_t, geometry, geometry_t, ctx.dense_grad = inputs
     ctx.save_for_backward(*inputs[:2], *streams, *streams_t)
     ctx.split, ctx.geometry = len(streams), (geometry, geometry_t)
-
-
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[:-1], output)
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
@@ -239,30 +240,56 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     return first, second, (streams[: ctx.split], streams[ctx.split :], *ctx.geometry)
 
 
-def _no_grads(plan: tuple[Any, ...]) -> tuple[Any, ...]:
-    return [None] * len(plan[0]), [None] * len(plan[1]), None, None
+def _no_grads(plan: tuple[Any, ...], dense_grad: list[int] | None = None) -> tuple[Any, ...]:
+    # An argument at its default counts as not given.
+    given = () if dense_grad is None else (None,)
+    return [None] * len(plan[0]), [None] * len(plan[1]), None, None, *given
+
+
+def _by_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: tuple[Any, ...], dense_grad: list[int] | None
+) -> Tensor:
+    product: Tensor
+    if dense_grad is None:
+        product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
+        return product
+    stride, before, dilation = dense_grad[:2], dense_grad[2:4], dense_grad[4:]
+    # Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides.
+    more = [
+        max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * b)
+        for out, s, d, k, n, b in zip(
+            grad.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
+        )
+    ]
+    if any(more):
+        x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
+    groups = x.shape[1] // weight.shape[1]
+    how = (None, stride, before, dilation, False, [0, 0], groups, [False, True, False])
+    # torch brings any layout into its own, at no more cost than it would take here.
+    _, product, _ = torch.ops.aten.convolution_backward(grad, x, weight.detach(), *how)
+    return product
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, plan = _saved(ctx)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan) if needs_x else None,
-        torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape) if needs_weight else None,
+        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan, dense) if needs_x else None,
+        _by_weight(grad, x, weight, plan, dense) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
-        *_no_grads(plan),
+        *_no_grads(plan, dense),
     )
 
 
 def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, weight, plan = _saved(ctx)
     needs_grad, needs_weight = ctx.needs_input_grad[:2]
+    dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan) if needs_grad else None,
-        torch.ops.blokern.masked_conv2d_weight(grad, cotangent, *plan, weight.shape)
-        if needs_weight
-        else None,
-        *_no_grads(plan),
+        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan, dense) if needs_grad else None,
+        _by_weight(grad, cotangent, weight, plan, dense) if needs_weight else None,
+        *_no_grads(plan, dense),
     )
 
 
@@ -297,10 +324,10 @@ def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     return x.new_empty(plan[-1])
 
 
-for _name, _fake, _backward_of, _saves in (
-    ("masked_conv2d", _fake_conv2d, _conv2d_backward, _save),
-    ("masked_conv2d_input", _fake_input, _input_backward, _save),
-    ("masked_conv2d_weight", _fake_weight, _weight_backward, _save_weight),
+for _name, _fake, _backward_of in (
+    ("masked_conv2d", _fake_conv2d, _conv2d_backward),
+    ("masked_conv2d_input", _fake_input, _input_backward),
+    ("masked_conv2d_weight", _fake_weight, _weight_backward),
 ):
     torch.library.register_fake(f"blokern::{_name}", _fake)
-    torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_saves)
+    torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_save)

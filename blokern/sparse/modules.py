@@ -20,6 +20,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 class _Masked(nn.Module):
     """What masked layers share: the mask, whose bits are a buffer and so part of the state_dict."""
 
+    #: Whether weight's gradient is that by weight ⊙ mask everywhere, not only where the mask is 1.
+    dense_grad: bool = False
     weight: Tensor
     mask_words: Tensor
     _mask: SparseMask
@@ -53,7 +55,7 @@ class MaskedLinear(_Masked, nn.Linear):
         self._take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.masked_linear(input, self.weight, self.mask, self.bias)
+        return ops.masked_linear(input, self.weight, self.mask, self.bias, dense_grad=self.dense_grad)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -71,7 +73,11 @@ class MaskedConv2d(_Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
-        return ops.masked_conv2d(input, self.weight, self.mask, self.bias, *how)  # type: ignore[arg-type]
+        return ops.masked_conv2d(
+            *(input, self.weight, self.mask, self.bias),
+            *how,  # type: ignore[arg-type]
+            dense_grad=self.dense_grad,
+        )
 
 
 _MASKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
@@ -145,6 +151,7 @@ def _drop_mask(module: Any) -> None:
     with torch.no_grad():
         module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
     del module.mask_words, module._mask
+    module.__dict__.pop("dense_grad", None)
     module.__class__ = _DENSE[type(module)]
 
 

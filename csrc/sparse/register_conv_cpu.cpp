@@ -116,7 +116,8 @@ void check_weight(const Tensor& weight, const Tensor& x) {
 }
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef) {
+                     at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef,
+                     at::OptionalIntArrayRef /*dense_grad*/) {
   const Geometry g(geometry);
   check_images(x, "x", g.tiling.channels);
   check_weight(weight, x);
@@ -129,7 +130,8 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
 }
 
 Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList streams,
-                           at::IntArrayRef, at::IntArrayRef geometry) {
+                           at::IntArrayRef, at::IntArrayRef geometry,
+                           at::OptionalIntArrayRef /*dense_grad*/) {
   const Geometry g(geometry);
   check_images(grad, "grad", g.tiling.channels);
   check_weight(weight, grad);
