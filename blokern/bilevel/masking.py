@@ -16,7 +16,7 @@ from blokern.ops import Scope
 from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask
 from blokern.sparse.modules import parameter_owners
 
-__all__ = ["PruningSettings", "masks_from_scores", "prunable"]
+__all__ = ["PruningSettings", "masks_from_scores", "prunable", "select"]
 
 _GRANULARITIES = ("weight", "filter", "channel", "n:m")
 
@@ -93,7 +93,17 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def masks_from_scores(scores: Mapping[str, Tensor], settings: PruningSettings) -> dict[str, SparseMask]:
-    """Keep the highest scores, in the order of the layers as :func:`prunable` gives them.
+    """:func:`select`, packed: what :func:`blokern.sparse.sparsify` takes.
+
+    >>> masks = masks_from_scores({"fc.weight": torch.rand(4, 8)}, PruningSettings(density=0.25))
+    >>> masks["fc.weight"].kept
+    8
+    """
+    return {name: SparseMask(mask) for name, mask in select(scores, settings).items()}
+
+
+def select(scores: Mapping[str, Tensor], settings: PruningSettings) -> dict[str, Tensor]:
+    """Keep the highest scores: a bool mask for each layer, in the order that :func:`prunable` gives them.
 
     scores: by parameter name, [out, in, ...], of the weight's shape. Filters and channels rank by the L2 norm of their
     scores; the last layer keeps all its filters, for they are the classes, and the first all its channels, the
@@ -101,36 +111,31 @@ def masks_from_scores(scores: Mapping[str, Tensor], settings: PruningSettings) -
     NVIDIA's ASP. Raises ValueError for a NaN or infinite score, or if n:m fits no layer.
 
     >>> scores = {"fc.weight": torch.tensor([[3.0, 1.0], [0.0, 2.0]])}
-    >>> masks_from_scores(scores, PruningSettings(density=0.5))["fc.weight"].to_dense()
+    >>> select(scores, PruningSettings(density=0.5))["fc.weight"]
     tensor([[ True, False],
             [False,  True]])
     """
     for name, score in scores.items():
         if not bool(score.isfinite().all()):
             raise ValueError(f"scores of {name!r} must be finite, got NaN or infinity")
-    return {name: SparseMask(mask) for name, mask in _select(scores, settings).items()}
-
-
-def _select(scores: Mapping[str, Tensor], settings: PruningSettings) -> dict[str, Tensor]:
     names, density = list(scores), settings.density
     if settings.granularity == "weight":
         kept = ops.topk_mask(list(scores.values()), density, scope=settings.scope)
         return dict(zip(names, kept, strict=True))
-    if settings.pattern is None:
-        whole, select = (
-            (names[-1], ops.filter_mask) if settings.granularity == "filter" else (names[0], ops.channel_mask)
-        )
+    if settings.pattern is not None:
+        n, m = settings.pattern
+        if all(score.shape[1] % m for score in scores.values()):
+            raise ValueError(
+                f"granularity {n}:{m} needs a layer with a multiple of {m} input channels, got none"
+            )
         return {
-            name: _all(score) if name == whole else select(score, density) for name, score in scores.items()
+            name: _all(score) if score.shape[1] % m else ops.nm_mask(score, n, m, dim=1)
+            for name, score in scores.items()
         }
-    n, m = settings.pattern
-    if all(score.shape[1] % m for score in scores.values()):
-        raise ValueError(
-            f"granularity {n}:{m} needs a layer whose input channels are a multiple of {m}, got none"
-        )
+    filters = settings.granularity == "filter"
+    group_mask, whole = (ops.filter_mask, names[-1]) if filters else (ops.channel_mask, names[0])
     return {
-        name: _all(score) if score.shape[1] % m else ops.nm_mask(score, n, m, dim=1)
-        for name, score in scores.items()
+        name: _all(score) if name == whole else group_mask(score, density) for name, score in scores.items()
     }
 
 

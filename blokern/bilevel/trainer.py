@@ -44,7 +44,7 @@ class TrainSettings:
         batch_size: images a step.
         lr: peak learning rate.
         schedule: learning rate over the run: cyclic (0 → lr → 0), multistep (a tenth from 50 % on, a
-            hundredth from 75 % on) or constant.
+            hundredth from 75 % on), cosine (lr → 0) or constant.
         momentum: of SGD.
         cycle_momentum: lower the momentum by up to 0.1 where the learning rate peaks, as Fast-BAT's released
             code does.
