@@ -25,7 +25,7 @@ _PANELS = (
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
-    """Draw loss, standard and robust accuracy over the epochs, a line for each run of ``runs``.
+    """Draw loss, standard and, where all have it, robust accuracy over the epochs, a line for each run of ``runs``.
 
     Args:
         runs: by name, the records that :meth:`blokern.bilevel.trainer.Trainer.fit` returns.
@@ -39,8 +39,9 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) 
     """
     if not runs or not all(runs.values()):
         raise ValueError(f"runs must hold at least one run with records, got {dict(runs)}")
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    panels = [panel for panel in _PANELS if all(panel[0] in records[0] for records in runs.values())]
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         scale = 100 if title.endswith("(%)") else 1
         for name, records in runs.items():
             epochs = [record["epoch"] for record in records]

@@ -11,14 +11,23 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VERSION", "CheckpointError", "fingerprint", "load", "load_weights", "save", "write_atomically"]
+__all__ = [
+    "VERSION",
+    "CheckpointError",
+    "check_same",
+    "fingerprint",
+    "load",
+    "load_weights",
+    "save",
+    "write_atomically",
+]
 
 VERSION = 1
 
@@ -108,6 +117,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     model.load_state_dict(weights)
 
 
+def check_same(what: str, there: Mapping[str, Any], here: Mapping[str, Any], source: str | Path) -> None:
+    """Compare the plain values that a file keeps with those of the present call.
+
+    Raises:
+        CheckpointError: "source is of another `what`", naming all values that differ.
+
+    >>> check_same("run", {"lr": 0.1}, {"lr": 0.1}, "runs/a/last.pt")
+    """
+    found = [f"{name} is {old!r} there and {new!r} here" for name, old, new in _differences(there, here)]
+    if found:
+        raise CheckpointError(f"{source} is of another {what}: {'; '.join(found)}")
+
+
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     """Make ``data`` the content of ``path``, all of it or nothing, through a temporary file beside it.
 
@@ -151,6 +173,15 @@ def _read(path: str | Path) -> tuple[memoryview, bytes]:
     if hashlib.sha256(body).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return body, bytes(digest)
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves in which two nested dicts differ, by dotted name."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif there != here:
+        yield name, there, here
 
 
 def _some(names: Any, limit: int = 3) -> str:

@@ -50,9 +50,10 @@ def train(argv: list[str]) -> int:
         options = parse(parser, ["--config", str(settings), *rest])
     trainer = make_trainer(method, options)
     history = trainer.fit()
-    best = max(history, key=lambda record: (record["val_robust_accuracy"], record["val_accuracy"]))
-    accuracies = f"SA {best['val_accuracy']:.2%}, RA {best['val_robust_accuracy']:.2%}"
-    print(f"best: epoch {best['epoch']}, on validation images {accuracies}")
+    from blokern.bilevel.trainer import accuracies, ranking
+
+    best = max(history, key=ranking)
+    print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
     print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
     return 0
 
