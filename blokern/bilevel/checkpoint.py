@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blokern import models
+from blokern.sparse import SparseMask, sparsify
+
 __all__ = [
     "VERSION",
     "CheckpointError",
     "check_same",
     "fingerprint",
     "load",
+    "load_model",
     "load_weights",
+    "recipe_of",
     "save",
     "write_atomically",
 ]
@@ -91,6 +96,42 @@ def fingerprint(path: str | Path) -> str:
     True
     """
     return _read(path)[1].hex()
+
+
+def recipe_of(payload: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """What the checkpoint says about how its network and data are made, by the keys "model" and "data".
+
+    Raises:
+        CheckpointError: it says nothing, as when a trainer was given no recipe.
+
+    >>> recipe_of(load("runs/a/best.pt"), "runs/a/best.pt")["model"]["name"]
+    'small_cnn'
+    """
+    recipe: dict[str, Any] = payload.get("recipe", {})
+    if "model" not in recipe:
+        raise CheckpointError(
+            f"{source} does not say how its network is built; see checkpoint.load_weights to use it in Python"
+        )
+    return recipe
+
+
+def load_model(payload: Mapping[str, Any], source: str | Path) -> nn.Module:
+    """The network of a checkpoint: built as its recipe says, with masked layers where it is pruned, weights loaded.
+
+    Raises:
+        CheckpointError: there is no recipe, or the weights are of another architecture.
+
+    >>> model = load_model(load("runs/a/best.pt"), "runs/a/best.pt")
+    """
+    model, weights = models.build(**recipe_of(payload, source)["model"]), payload["model"]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    masks = {}
+    for name, words in weights.items():
+        weight = f"{name.removesuffix('mask_words')}weight"
+        if name.endswith("mask_words") and weight in shapes:
+            masks[weight] = SparseMask.of_words(words, shapes[weight])
+    load_weights(sparsify(model, masks), weights, source)
+    return model
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
