@@ -26,7 +26,7 @@ from blokern.bilevel import checkpoint, schedule
 from blokern.bilevel.step import StepResult, StepRule
 from blokern.data import Batches, ImageDataset, Splits
 
-__all__ = ["Interrupted", "Record", "TrainSettings", "Trainer", "accuracies", "ranking"]
+__all__ = ["Interrupted", "Record", "TrainSettings", "Trainer", "accuracies", "on_device", "ranking"]
 
 #: One epoch's line in metrics.jsonl.
 Record: TypeAlias = dict[str, float]
@@ -192,7 +192,7 @@ class Trainer:
         if settings.channels_last:
             rule.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
         self._batches = Batches(
-            _on(self.device, splits.train),
+            on_device(self.device, splits.train),
             settings.batch_size,
             shuffle=True,
             augment=settings.augment,
@@ -202,7 +202,7 @@ class Trainer:
         )
         validation = splits.val.subset(range(min(len(splits.val), settings.val_samples)))
         self._validation = Batches(
-            _on(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
+            on_device(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
         )
         self._claim(resume)
 
@@ -537,7 +537,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _on(device: torch.device, dataset: ImageDataset) -> ImageDataset:
+def on_device(device: torch.device, dataset: ImageDataset) -> ImageDataset:
+    """The data set with its images and labels on the device."""
     return replace(dataset, images=dataset.images.to(device), labels=dataset.labels.to(device))
 
 
