@@ -13,6 +13,7 @@ from blokern._version import __version__
 from blokern.cli.bench import bench
 from blokern.cli.compare import compare
 from blokern.cli.evaluate import evaluate
+from blokern.cli.export import export
 from blokern.cli.info import info
 from blokern.cli.options import check_known, first_line
 from blokern.cli.prune import prune
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prune": prune,
     "evaluate": evaluate,
     "compare": compare,
+    "export": export,
     "bench": bench,
     "info": info,
 }

@@ -182,8 +182,10 @@ def _write_settings(options: Options) -> None:
         for key, value in options.items()
         if value is not None and key not in ("config", "debug", "out")
     }
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
     text = f"# blokern prune --config {SETTINGS} --out FOLDER\n{yaml.safe_dump(kept, sort_keys=False)}"
-    write_atomically(Path(options["out"], SETTINGS), text.encode())
+    write_atomically(out / SETTINGS, text.encode())
 
 
 # --- What came of it ----------------------------------------------------------------------------------------
