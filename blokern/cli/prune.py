@@ -200,23 +200,20 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
     for run in runs:
         points.setdefault(run.plan.label, {}).setdefault(run.plan.settings.density, []).append(run)
 
-    trained = [network.seconds / 60 for network in dense if network.seconds is not None]
+    trained = [network.seconds for network in dense if network.seconds is not None]
     rows = [
         f"{options['data']}, {options['model']}, {options['granularity']} pruning, {options['epochs']} epochs of "
-        f"training after it; accuracy of the best epoch on the test images, minutes of pruning and training; mean ± "
+        f"training after it; accuracy of the best epoch on the test images, seconds of pruning and training; mean ± "
         f"standard deviation over seeds {', '.join(map(str, options['seeds']))}.",
         "",
-        "| method | kept % | accuracy % | minutes |",
+        "| method | kept % | accuracy % | seconds |",
         "|---|---|---|---|",
         f"| dense | 100 | {_percent(dense.values())} | {mean_and_deviation(trained) if trained else '–'} |",
     ]
     for label, densities in points.items():
         for density, own in densities.items():
-            accuracy, minutes = (
-                _percent(run.accuracy for run in own),
-                mean_and_deviation([run.minutes for run in own]),
-            )
-            rows.append(f"| {label} | {100 * density:g} | {accuracy} | {minutes} |")
+            cells = (_percent(run.accuracy for run in own), mean_and_deviation([run.seconds for run in own]))
+            rows.append(f"| {label} | {100 * density:g} | {' | '.join(cells)} |")
     write_atomically(out / "results.md", ("\n".join(rows) + "\n").encode())
     write_json(
         out / "results.json",
@@ -241,7 +238,7 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
 
     accuracies = each(lambda run: run.accuracy)
     plots.sparsity(accuracies, [*dense.values()], out / "sparsity.png")
-    plots.minutes(accuracies, each(lambda run: run.minutes), [*dense.values()], out / "minutes.png")
+    plots.minutes(accuracies, each(lambda run: run.seconds / 60), [*dense.values()], out / "minutes.png")
     plots.layers(
         {
             density: {label: _kept(densities[density]) for label, densities in points.items()}

@@ -53,8 +53,8 @@ class Run:
     training_seconds: float
 
     @property
-    def minutes(self) -> float:
-        return (self.pruning_seconds + self.training_seconds) / 60
+    def seconds(self) -> float:
+        return self.pruning_seconds + self.training_seconds
 
 
 # --- The dense network --------------------------------------------------------------------------------------
