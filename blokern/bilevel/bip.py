@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from torch.optim import Optimizer
 
 from blokern import ops
 from blokern._names import unknown_name
+from blokern.bilevel.masking import PruningSettings, prunable, select
 from blokern.bilevel.settings import check_numbers
 from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
-from blokern.ops import Scope
 from blokern.sparse import MaskedConv2d, MaskedLinear, sparsify
 
 __all__ = ["BiP", "BiPSettings", "ModelLoss", "cross_entropy"]
@@ -28,35 +27,20 @@ ModelLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tenso
 Mode: TypeAlias = Literal["paper", "released"]
 MaskedLayer: TypeAlias = MaskedConv2d | MaskedLinear
 
-_GRANULARITIES = ("weight", "filter", "channel", "n:m")
-# Of these very types: others may use their weight in ways of their own.
-_PRUNABLE = (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)
-
 
 @dataclass(frozen=True, kw_only=True)
-class BiPSettings:
-    """Settings of `BiP`.
+class BiPSettings(PruningSettings):
+    """`PruningSettings` of `BiP`.
 
     Args:
-        density: share of the weights that are kept; None is 0.1, or what an n:m pattern keeps, which admits no other.
-        granularity: what is kept or pruned as one: "weight"; "filter" or "channel" (an output or input channel of a
-            convolution); or n of every m weights along the inputs, as "2:4".
-        scope: of granularity "weight": rank the weights of all layers together ("global") or in each ("layer"). The
-            others are always by layer.
         mode: "paper", or "released" for what the authors' code does, to reproduce it.
         gamma: γ of the lower level's regulariser, which the implicit term is divided by; inf: no such term. None is
             1, or 10⁴ in mode "released", whose code calls 1/γ lr2.
         score_lr: learning rate of the scores at first; the paper's is a tenth of it from 50 % of the run on, a
             hundredth from 75 % on.
         score_momentum, score_weight_decay: of SGD on the scores.
-
-    Raises:
-        TypeError, ValueError: a setting of another type or out of range.
     """
 
-    density: float | None = None
-    granularity: str = "weight"
-    scope: Scope = "global"
     mode: Mode = "paper"
     gamma: float | None = None
     score_lr: float = 0.1
@@ -64,33 +48,10 @@ class BiPSettings:
     score_weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_numbers(self)
-        for name, known in (("scope", get_args(Scope)), ("mode", get_args(Mode))):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
-        if self.granularity not in _GRANULARITIES[:-1] and self.pattern is None:
-            raise unknown_name("granularity", self.granularity, _GRANULARITIES)
-        if self.pattern is not None:
-            n, m = self.pattern
-            if not 1 <= n <= m:
-                raise ValueError(f"granularity n:m must have 1 <= n <= m, got {self.granularity!r}")
-            if self.density not in (None, n / m):
-                raise ValueError(
-                    f"density must be None or {n / m:g} with granularity {self.granularity!r}, got {self.density}"
-                )
-
-    @property
-    def pattern(self) -> tuple[int, int] | None:
-        """(n, m) of granularity n:m."""
-        match = re.fullmatch(r"(\d+):(\d+)", str(self.granularity))
-        return (int(match[1]), int(match[2])) if match else None
-
-    @property
-    def kept(self) -> float:
-        """The density in use."""
-        if self.pattern is not None:
-            return self.pattern[0] / self.pattern[1]
-        return 0.1 if self.density is None else self.density
+        if self.mode not in get_args(Mode):
+            raise unknown_name("mode", self.mode, get_args(Mode))
 
     @property
     def implicit_gamma(self) -> float:
@@ -125,14 +86,11 @@ class BiP:
     mode "released": the scores are θ itself, with the score gradient |θ| ⊙ g − (θ ⊙ g)² / γ and magnitudes ranked;
     that code also decays parameters whose gradient is zero once more, which is left out here.
 
-    Pruned are the weights of all nn.Linear and nn.Conv2d that require grad, first and last included, which become
-    masked layers; of granularity "filter" and "channel" convolutions alone, as in the released code. A layer that
-    cannot be pruned so stays dense: one of which no filter or channel would be left, or whose inputs are no multiple
-    of m.
+    Pruned are the layers that :func:`blokern.bilevel.masking.prunable` finds and whose weights require grad.
 
     loss_fn: the loss of both levels; attack x in it to prune a robust network. metrics: "upper_loss", and "changed",
     the share of the masks' bits that changed. Raises TypeError for an argument of another type, ValueError where no
-    layer can be pruned or weights are shared between layers, FloatingPointError when scores are no longer finite.
+    layer can be pruned, weights are shared between layers, or, in a step, scores are no longer finite.
 
     Zhang, Yao, Ram, Zhao, Chen, Hong, Wang, Liu, "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022.
 
@@ -158,15 +116,9 @@ class BiP:
         self.loss_fn = loss_fn
         #: The scores' learning rate, to be set by whoever has a schedule.
         self.score_lr = settings.score_lr
-        weights = {
-            f"{name}.weight".lstrip("."): module.weight.detach()
-            for name, module in model.named_modules()
-            if type(module) in _PRUNABLE and self._can_prune(module)
-        }
+        weights = {name: w.detach() for name, w in prunable(model).items() if w.requires_grad}
         if not weights:
-            raise ValueError(
-                f"model must have a layer that can be pruned by {settings.granularity!r}, got {type(model).__name__}"
-            )
+            raise ValueError("model must have a layer to prune whose weight requires grad, got none")
         self._names = list(weights)
         self._scores = (
             {} if settings.mode == "released" else {k: _initial_scores(w) for k, w in weights.items()}
@@ -218,15 +170,6 @@ class BiP:
             for name, tensor in tensors.items():
                 tensor.copy_(state[part][name])
 
-    def _can_prune(self, module: Any) -> bool:
-        out, inputs = module.weight.shape[:2]
-        groups = {"filter": out, "channel": inputs}.get(self.settings.granularity)
-        if not module.weight.requires_grad or module.weight.numel() == 0:
-            return False
-        if groups is not None:
-            return isinstance(module, nn.Conv2d) and round(self.settings.kept * groups) > 0
-        return self.settings.pattern is None or inputs % self.settings.pattern[1] == 0
-
     def _layers(self) -> list[MaskedLayer]:
         return [self.model.get_submodule(name.rpartition(".")[0]) for name in self._names]  # type: ignore[misc]
 
@@ -267,17 +210,10 @@ class BiP:
 
     def _select(self) -> list[Tensor]:
         """The masks of the scores."""
-        scores, settings = self.scores, self.settings
-        _check_finite(scores)
-        values = list(scores.values())
-        if settings.mode == "released":
-            values = [value.abs() for value in values]
-        if settings.pattern is not None:
-            return [ops.nm_mask(value, *settings.pattern, dim=1) for value in values]
-        if settings.granularity == "weight":
-            return ops.topk_mask(values, settings.kept, scope=settings.scope)
-        group_mask = ops.filter_mask if settings.granularity == "filter" else ops.channel_mask
-        return [group_mask(value, settings.kept) for value in values]
+        scores = self.scores
+        if self.settings.mode == "released":
+            scores = {name: score.abs() for name, score in scores.items()}
+        return [*select(scores, self.settings).values()]
 
 
 def _initial_scores(weight: Tensor) -> Tensor:
@@ -286,12 +222,6 @@ def _initial_scores(weight: Tensor) -> Tensor:
     size = weight.abs()
     largest = size.max()
     return size.mul_(scale / torch.where(largest > 0, largest, 1.0))
-
-
-def _check_finite(scores: Mapping[str, Tensor]) -> None:
-    for name, score in scores.items():
-        if not score.sum().isfinite():  # any infinity or NaN makes the sum one
-            raise FloatingPointError(f"the scores of {name!r} are not finite")
 
 
 @contextmanager

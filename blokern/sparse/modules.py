@@ -97,10 +97,7 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
     torch.Size([4, 8])
     """
     modules = dict(model.named_modules())
-    owners: dict[int, list[str]] = {}
-    for owner, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(owner)
+    owners = parameter_owners(model)
     planned: list[tuple[nn.Module, SparseMask]] = []
     for name, given in masks.items():
         path, _, leaf = name.rpartition(".")
@@ -123,6 +120,19 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
         assert isinstance(module, _Masked)
         module._take(mask)
     return model
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter, by its id; more than one for a tied weight.
+
+    >>> list(parameter_owners(nn.Sequential(nn.Linear(8, 4, bias=False))).values())
+    [['0']]
+    """
+    owners: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner)
+    return owners
 
 
 def masks_of(model: nn.Module) -> dict[str, SparseMask]:

@@ -35,6 +35,7 @@ SETTINGS = TrainSettings(
     epochs=3, batch_size=16, lr=0.05, eps=0.1, val_steps=2, val_batch_size=8, cycle_momentum=True, seed=3
 )
 BATCHES = 5  # an epoch
+DRAW = Trainer._draw
 
 
 def images(count, seed):
@@ -154,6 +155,31 @@ def test_best_is_the_most_robust_epoch(uninterrupted):
     records = metrics(uninterrupted)
     best = max(records, key=lambda record: (record["val_robust_accuracy"], record["val_accuracy"]))
     assert checkpoint.load(uninterrupted / "best.pt")["epoch"] == best["epoch"]
+
+
+def test_without_an_attack_best_is_the_most_accurate_epoch(tmp_path):
+    make(tmp_path, settings=replace(SETTINGS, val_steps=0)).fit()
+    records = metrics(tmp_path)
+    assert all("val_robust_accuracy" not in record for record in records)
+    best = max(records, key=lambda record: record["val_accuracy"])
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == best["epoch"]
+
+
+def test_without_an_attack_there_are_curves_and_no_examples(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_draw", DRAW)
+    make(tmp_path, settings=replace(SETTINGS, val_steps=0, epochs=1)).fit()
+    assert {file.name for file in tmp_path.glob("*.png")} == {"curves.png"}
+
+
+def test_epochs_are_kept_on_request(tmp_path, uninterrupted):
+    kept = (0, 2)
+    with pytest.raises(Interrupted):
+        make(tmp_path, sending(7), keep_epochs=kept).fit()
+    make(tmp_path, resume=True, keep_epochs=kept).fit()
+    assert sorted(file.name for file in tmp_path.glob("epoch-*")) == ["epoch-0.pt", "epoch-2.pt"]
+    assert_same(state(tmp_path, "epoch-0.pt")["model"], make(tmp_path / "new").rule.model.state_dict())
+    assert len(state(tmp_path, "epoch-2.pt")["history"]) == 2
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_the_schedule_is_applied_before_each_step(tmp_path):
@@ -597,10 +623,11 @@ def test_an_interrupt_does_not_save_a_broken_model(tmp_path, what):
     [
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5"),
+        ({"val_steps": -1}, ValueError, "val_steps must be at least 0, got -1"),
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
         ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
-        ({"schedule": "cosine"}, ValueError, "schedule must be one of 'cyclic'"),
+        ({"schedule": "cos"}, ValueError, "schedule must be one of 'cyclic'"),
         ({"momentum": 1.0}, ValueError, "momentum must be in"),
         ({"momentum": 0.05, "cycle_momentum": True}, ValueError, r"momentum must be in \[0.1, 1\), got 0.05"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),
