@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -101,9 +100,9 @@ _PLAIN = {layer: plain for plain, layer in _LAYERS.items()}
 def samples_innermost(model: ModelT) -> ModelT:
     """Let the model compute with samples innermost, the fastest layout for masked convolutions; in place.
 
-    Its positional arguments of shape [N, C, H, W] are converted by a forward pre-hook; BatchNorm2d, MaxPool2d, AvgPool2d
-    and AdaptiveAvgPool2d become classes that keep the layout. Results are those of before up to rounding; parameters,
-    the state_dict and what callers see stay. :func:`blokern.sparse.to_dense` undoes it. Returns the model.
+    A forward pre-hook converts its positional arguments of shape [N, C, H, W]; BatchNorm2d, MaxPool2d, AvgPool2d and
+    AdaptiveAvgPool2d become classes that keep the layout. Results are those of before up to rounding; parameters and
+    state_dict stay. :func:`blokern.sparse.to_dense` undoes it. Returns the model.
 
     >>> model = samples_innermost(sparsify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), masks))
     >>> is_samples_innermost(model(torch.rand(2, 3, 8, 8)))
@@ -125,6 +124,4 @@ def drop_layout(model: nn.Module) -> None:
 
 
 def _convert(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        to_samples_innermost(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args
-    )
+    return tuple(to_samples_innermost(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
