@@ -558,7 +558,7 @@ def test_prune_tabulates_methods_and_densities(study):
 
     results = json.loads((study / "results.json").read_text())
     assert [network["seed"] for network in results["dense"]] == [0, 1]
-    assert len(results["runs"]) == 7 * 2 * 2
+    assert len(results["runs"]) == 8 * 2 * 2
     own = [
         run
         for run in results["runs"]
@@ -572,7 +572,7 @@ def test_prune_tabulates_methods_and_densities(study):
 def test_every_network_keeps_what_was_asked_for_and_evaluates(study, tmp_path):
     results = json.loads((study / "results.json").read_text())
     paths = sorted(study.glob("*/density-*/seed-*/best.pt"))
-    assert len(paths) == 28
+    assert len(paths) == 32
     for path in paths:
         kept, total = kept_weights(path)
         assert kept == round(float(path.parts[-3].removeprefix("density-")) * total)

@@ -70,7 +70,8 @@ class SparseMask:
         return self
 
     def _packed(self, mask: Tensor) -> Tensor:
-        words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
+        with torch.inference_mode(False):  # inference tensors have no version
+            words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
         return words
 
     def _forget(self) -> None:
@@ -117,7 +118,8 @@ class SparseMask:
         if not torch.compiler.is_compiling() and self._cached_version != self.version:
             self._forget()
         if key not in self._cache:
-            self._cache[key] = make()
+            with torch.inference_mode(False):  # what is kept serves training too
+                self._cache[key] = make()
         value: T = self._cache[key]
         return value
 

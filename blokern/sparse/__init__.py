@@ -1,6 +1,29 @@
 """Pruned networks that are really faster: masked layers in the place of dense ones."""
 
 from blokern.ops.mask import SparseMask
+from blokern.sparse.layout import (
+    SamplesInnermostAdaptiveAvgPool2d,
+    SamplesInnermostAvgPool2d,
+    SamplesInnermostBatchNorm2d,
+    SamplesInnermostMaxPool2d,
+    is_samples_innermost,
+    samples_innermost,
+    to_samples_innermost,
+)
 from blokern.sparse.modules import MaskedConv2d, MaskedLinear, masks_of, sparsify, to_dense
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "SparseMask", "masks_of", "sparsify", "to_dense"]
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLinear",
+    "SamplesInnermostAdaptiveAvgPool2d",
+    "SamplesInnermostAvgPool2d",
+    "SamplesInnermostBatchNorm2d",
+    "SamplesInnermostMaxPool2d",
+    "SparseMask",
+    "is_samples_innermost",
+    "masks_of",
+    "samples_innermost",
+    "sparsify",
+    "to_dense",
+    "to_samples_innermost",
+]

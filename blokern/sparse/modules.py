@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blokern import ops
 from blokern.ops.mask import SparseMask, as_mask, check_mask
+from blokern.sparse.layout import drop_layout
 
 __all__ = ["MaskedConv2d", "MaskedLinear", "masks_of", "sparsify", "to_dense"]
 
@@ -146,7 +147,9 @@ def masks_of(model: nn.Module) -> dict[str, SparseMask]:
 
 
 def to_dense(model: ModelT) -> ModelT:
-    """Undo :func:`sparsify`, in place: dense layers, whose masked weights are zeros. Returns the model.
+    """Undo :func:`sparsify` and :func:`samples_innermost`, in place: dense layers, whose masked weights are zeros.
+
+    Returns the model.
 
     >>> type(to_dense(nn.Sequential(MaskedLinear(8, 4)))[0]).__name__
     'Linear'
@@ -154,6 +157,7 @@ def to_dense(model: ModelT) -> ModelT:
     for module in model.modules():
         if type(module) in _DENSE:
             _drop_mask(module)
+    drop_layout(model)
     return model
 
 
