@@ -18,7 +18,7 @@ constexpr int kPositions = std::max(1, 8 / kVectors);
 
 // A strip of output positions and of output channels whose sums, with a block of the tile and the stream,
 // stay in the second-level cache.
-constexpr int64_t kStrip = 32, kStripRows = 64;
+constexpr int64_t kStrip = 16, kStripRows = 128;
 
 // body<kVectors>() for a part's lanes.
 template <class A, class Body>
@@ -27,6 +27,17 @@ void with_vectors(const Part& part, Body&& body) {
     body.template operator()<kConvLanes<A> / Vector<A>::size>();
   else
     body.template operator()<kFewLanes<A> / Vector<A>::size>();
+}
+
+// Pixels of a part whose lanes are all in use, samples innermost on both sides; `from_pixel` and `to_pixel`
+// apart.
+template <class A, int kVectors, class From, class To>
+BLOKERN_INLINE void copy_pixels(const From* from, int64_t from_pixel, To* to, int64_t to_pixel,
+                                int64_t pixels) {
+  constexpr int n = Vector<A>::size;
+  for (int64_t i = 0; i < pixels; ++i, from += from_pixel, to += to_pixel) {
+    for (int v = 0; v < kVectors; ++v) store_vector(to + v * n, load_vector(from + v * n));
+  }
 }
 
 // sums [rows][row's stride `strip`][lanes] ← output positions [w, w_end) of one row, from `origin` on.
@@ -73,7 +84,10 @@ void convolve_part(const Piece<T>& piece, const Tiling& tiling, const Part& part
                           pixel = piece.first + (h + i) * piece.row + w * piece.column;
             const Matrix<T> to{y.data + part.first * y.sample + k * y.channel + pixel * y.pixel,
                                piece.column * y.pixel, y.sample};
-            copy_out<A, T>(from, lanes, to, count, part.count);
+            if (to.col_stride == 1 && part.count == lanes)
+              copy_pixels<A, kVectors>(from, lanes, to.data, to.row_stride, count);
+            else
+              copy_out<A, T>(from, lanes, to, count, part.count);
             from += count * lanes;
           }
         }
@@ -122,9 +136,13 @@ void pack_tile(const Images<const T>& x, const Tiling& tiling, const Part& part,
     for (int64_t h = from; h < to; ++h) {
       A* const row = plane + h * line;
       std::fill(row, row + left, A(0));
-      if (in_place)
-        copy_in<A, T>({image + (h - from) * x.width * x.pixel, x.pixel, 1}, row + left, lanes, width,
-                      part.count);
+      const T* const line_in = image + (h - from) * x.width * x.pixel;
+      if (in_place && part.count == lanes)
+        with_vectors<A>(part, [&]<int kVectors>() {
+          copy_pixels<A, kVectors>(line_in, x.pixel, row + left, lanes, width);
+        });
+      else if (in_place)
+        copy_in<A, T>({line_in, x.pixel, 1}, row + left, lanes, width, part.count);
       else
         std::copy_n(pixels + (h - from) * x.width * lanes, width * lanes, row + left);
       std::fill(row + left + width * lanes, row + line, A(0));
@@ -157,12 +175,17 @@ template <class A>
 void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_tiling, const A* tile,
                      const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,
                      int64_t end) {
-  const Places places{part.height, grad_tiling.width, tiling.row_step * tiling.width * part.lanes,
-                      step * part.lanes};
-  with_vectors<A>(part, [&]<int kVectors>() {
-    inner_products<A, kVectors>(stream, grad, grad_tiling.plane() * part.lanes, tile, places, values, add,
-                                begin, end);
-  });
+  // A strip at a time: a block of the tile then stays in the second-level cache while all rows pass over it.
+  const int64_t line = tiling.row_step * tiling.width * part.lanes,
+                rows = std::max<int64_t>(1, kStrip / grad_tiling.width);
+  for (int64_t h = 0; h < part.height; h += rows) {
+    const Places places{std::min(rows, part.height - h), grad_tiling.width, line, step * part.lanes};
+    with_vectors<A>(part, [&]<int kVectors>() {
+      inner_products<A, kVectors>(stream, grad + h * grad_tiling.width * part.lanes,
+                                  grad_tiling.plane() * part.lanes, tile + h * line, places, values,
+                                  add || h > 0, begin, end);
+    });
+  }
 }
 
 #define INSTANTIATE(T)                                                                                  \

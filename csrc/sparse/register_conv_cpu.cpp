@@ -45,7 +45,7 @@ void check_images(const Tensor& x, const char* name, int64_t channels) {
                     x.sizes());
 }
 
-constexpr int64_t kPackedBytes = 8 << 20;
+constexpr int64_t kPackedBytes = 16 << 20;
 
 bool is_batch_innermost(const Tensor& x) { return x.stride(0) == 1 && x.size(0) > 1; }
 

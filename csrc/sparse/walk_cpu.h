@@ -62,35 +62,52 @@ struct Places {
   int64_t height, width, row, column;
 };
 
+// Products of row factor a with kCount entries' factors, which the pointers x show; those beyond `count`
+// repeat the last.
+template <class A, int kVectors, int kCount>
+BLOKERN_INLINE void products_at(const A* a, const A* b_panel, const int32_t* column, int count,
+                                const Places& places, VectorOf<A> (&products)[Vector<A>::size]) {
+  constexpr int n = Vector<A>::size, lanes = kVectors * n;
+  const A* x[kCount];
+  for (int k = 0; k < kCount; ++k)
+    x[k] = b_panel + static_cast<int64_t>(column[std::min(k, count - 1)]) * lanes;
+  VectorOf<A> sum[kCount] = {};
+  for (int64_t h = 0; h < places.height; ++h) {
+    for (int64_t w = 0; w < places.width; ++w, a += lanes) {
+      const int64_t place = h * places.row + w * places.column;
+      VectorOf<A> factor[kVectors];
+      for (int v = 0; v < kVectors; ++v) factor[v] = load_vector(a + v * n);
+#pragma GCC unroll 16
+      for (int k = 0; k < kCount; ++k) {
+        for (int v = 0; v < kVectors; ++v)
+          sum[k] = multiply_add(factor[v], load_vector(x[k] + place + v * n), sum[k]);
+      }
+    }
+  }
+  for (int k = 0; k < kCount; ++k) products[k] = sum[k];
+}
+
 // values ← or, with `add`, + ⟨a, b⟩ over one panel, for the entries of rows [begin, end): sums over lanes and
 // places. a [rows][a_row] has row r's factor at r · a_row.
 template <class A, int kVectors>
 void inner_products(const Stream& stream, const A* a_panel, int64_t a_row, const A* b_panel,
                     const Places& places, A* values, bool add, int64_t begin, int64_t end) {
-  constexpr int n = Vector<A>::size, lanes = kVectors * n;
+  constexpr int n = Vector<A>::size;
   for (int64_t b = 0; b < stream.blocks(); ++b) {
     const int32_t* const start = stream.start + b * stream.rows;
     for (int64_t r = begin; r < end; ++r) {
+      const A* const row = a_panel + r * a_row;
+      // As many entries as a vector has elements at a time, so that one transpose adds all of them up.
       for (int32_t i = start[r]; i < start[r + 1]; i += n) {
-        // As many entries as a vector has elements at a time; where a row has fewer left, its last one again.
         const int count = std::min<int32_t>(n, start[r + 1] - i);
-        const A* x[n];
-        for (int k = 0; k < n; ++k)
-          x[k] = b_panel + static_cast<int64_t>(stream.column[i + std::min(k, count - 1)]) * lanes;
-        const A* from = a_panel + r * a_row;
+        const int32_t* const column = stream.column + i;
         VectorOf<A> products[n] = {};
-        for (int64_t h = 0; h < places.height; ++h) {
-          for (int64_t w = 0; w < places.width; ++w, from += lanes) {
-            const int64_t place = h * places.row + w * places.column;
-            VectorOf<A> factor[kVectors];
-            for (int v = 0; v < kVectors; ++v) factor[v] = load_vector(from + v * n);
-#pragma GCC unroll 16
-            for (int k = 0; k < n; ++k) {
-              for (int v = 0; v < kVectors; ++v)
-                products[k] = multiply_add(factor[v], load_vector(x[k] + place + v * n), products[k]);
-            }
-          }
-        }
+        if (4 * count <= n)
+          products_at<A, kVectors, std::max(1, n / 4)>(row, b_panel, column, count, places, products);
+        else if (2 * count <= n)
+          products_at<A, kVectors, n / 2>(row, b_panel, column, count, places, products);
+        else
+          products_at<A, kVectors, n>(row, b_panel, column, count, places, products);
         const VectorOf<A> sums = sums_of<A>(products);
         if (count == n) {
           store_vector(values + i, add ? sums + load_vector(values + i) : sums);
