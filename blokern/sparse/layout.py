@@ -60,8 +60,9 @@ class SamplesInnermostBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not is_samples_innermost(input):
             return super().forward(input)
-        image = input.permute(1, 2, 3, 0).flatten(1, 2).unsqueeze(0)  # [1, C, H·W, N]
-        return super().forward(image).squeeze(0).unflatten(1, input.shape[2:]).permute(3, 0, 1, 2)
+        planes = input.permute(1, 2, 3, 0)
+        image = planes.flatten(1, 2).unsqueeze(0)  # [1, C, H·W, N]
+        return super().forward(image).view(planes.shape).permute(3, 0, 1, 2)
 
 
 class _Pool(nn.Module):
@@ -69,8 +70,8 @@ class _Pool(nn.Module):
 
     def forward(self, input: Tensor) -> Any:
         if not is_samples_innermost(input):
-            return super().forward(input)  # type: ignore[misc]
-        pooled = super().forward(input.transpose(0, 1))  # type: ignore[misc]
+            return super().forward(input)
+        pooled = super().forward(input.transpose(0, 1))
         if isinstance(pooled, Tensor):
             return pooled.transpose(0, 1)
         return tuple(part.transpose(0, 1) for part in pooled)

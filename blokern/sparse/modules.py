@@ -13,7 +13,7 @@ from blokern import ops
 from blokern.ops.mask import SparseMask, as_mask, check_mask
 from blokern.sparse.layout import drop_layout
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "masks_of", "sparsify", "to_dense"]
+__all__ = ["MaskedConv2d", "MaskedLinear", "drop_mask", "masks_of", "owners_of", "sparsify", "to_dense"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -91,11 +91,7 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
     >>> model[0].mask.shape
     torch.Size([4, 8])
     """
-    modules = dict(model.named_modules())
-    owners: dict[int, list[str]] = {}
-    for owner, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(owner)
+    modules, owners = dict(model.named_modules()), owners_of(model)
     planned: list[tuple[nn.Module, SparseMask]] = []
     for name, given in masks.items():
         path, _, leaf = name.rpartition(".")
@@ -140,12 +136,22 @@ def to_dense(model: ModelT) -> ModelT:
     """
     for module in model.modules():
         if type(module) in _DENSE:
-            _drop_mask(module)
+            drop_mask(module)
     drop_layout(model)
     return model
 
 
-def _drop_mask(module: Any) -> None:
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that own each parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def drop_mask(module: Any) -> None:
+    """Make a masked layer a dense one, with zeros for its masked weights."""
     with torch.no_grad():
         module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
     del module.mask_words, module._mask
