@@ -161,14 +161,17 @@ class _Layer:
         if self.source is not None and columns is not None:
             moved = self.totals() @ self.source.constant.nan_to_num(0.0).masked_fill(columns, 0.0)
             if moved.any():
-                moved = moved.to(module.weight)
-                module.bias = nn.Parameter(moved if module.bias is None else module.bias + moved)
+                old = module.weight.new_zeros(len(moved)) if module.bias is None else module.bias
+                trained = (module.weight if module.bias is None else module.bias).requires_grad
+                module.bias = nn.Parameter(old + moved.to(old), trained)
         mask = part(module.mask.to_dense()) if type(module) in _MASKED else None
         for name in ("weight", "bias", "running_mean", "running_var"):
             if (tensor := getattr(module, name, None)) is not None:
                 smaller = part(tensor) if name == "weight" else tensor[rows]
-                trained = isinstance(tensor, nn.Parameter)
-                setattr(module, name, nn.Parameter(smaller, tensor.requires_grad) if trained else smaller)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(
+                    module, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+                )
         count = int(rows.sum())
         if type(module) in _NORMS:
             module.num_features = count
