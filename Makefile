@@ -13,6 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: build
 	$(BIN)/blokern compare fast-at fast-bat:step_size=20 --data digits --model small_cnn --eps 0.1 --epochs 8 \
 		--seeds 0,1,2 --out runs/demo
+	$(BIN)/blokern prune omp bip --density 0.1 --data digits --model small_cnn --epochs 8 --seeds 0,1,2 \
+		--out runs/demo-pruned
 
 test: build
 	$(BIN)/python -m pytest

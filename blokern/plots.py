@@ -6,16 +6,20 @@ Figures are made without pyplot, so there is no window and no state shared with 
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from blokern.bilevel.checkpoint import write_atomically
 
-__all__ = ["comparison", "curves", "examples"]
+__all__ = ["comparison", "curves", "examples", "layers", "minutes", "sparsity"]
+
+#: By label of the method, by density, a value for each seed.
+Points: TypeAlias = Mapping[str, Mapping[float, Sequence[float]]]
 
 _PANELS = (
     ("loss", "training loss"),
@@ -25,7 +29,7 @@ _PANELS = (
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
-    """Draw loss, standard and robust accuracy over the epochs, a line for each run of ``runs``.
+    """Draw loss, standard and, where all have it, robust accuracy over the epochs, a line for each run of ``runs``.
 
     Args:
         runs: by name, the records that :meth:`blokern.bilevel.trainer.Trainer.fit` returns.
@@ -39,8 +43,9 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) 
     """
     if not runs or not all(runs.values()):
         raise ValueError(f"runs must hold at least one run with records, got {dict(runs)}")
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    panels = [panel for panel in _PANELS if all(panel[0] in records[0] for records in runs.values())]
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         scale = 100 if title.endswith("(%)") else 1
         for name, records in runs.items():
             epochs = [record["epoch"] for record in records]
@@ -133,6 +138,102 @@ def comparison(results: Mapping[str, Mapping[str, Sequence[float]]], path: str |
     axes.legend(ncols=len(names))
     axes.grid(alpha=0.3, axis="y")
     _write(figure, path)
+
+
+def sparsity(accuracies: Points, dense: Sequence[float], path: str | Path) -> None:
+    """Draw accuracy against the part of the weights that is pruned, a line for each method, with deviations.
+
+    Args:
+        accuracies: in [0, 1]; the seeds' mean and standard deviation are drawn.
+        dense: those of the dense networks.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no result.
+        OSError: the file cannot be written.
+
+    >>> sparsity({"omp": {0.1: [0.90, 0.92], 0.05: [0.85, 0.86]}}, [0.95, 0.96], "sparsity.png")
+    """
+    figure, axes = _accuracy_axes(accuracies, dense)
+    for label, points in accuracies.items():
+        means, deviations = _percent([*points.values()])
+        axes.errorbar([*points], means, deviations, fmt=".-", capsize=3, label=label)
+    densities = sorted({density for points in accuracies.values() for density in points})
+    axes.set_xscale("log")  # from 90 to 95 % is as far as from 80 to 90 %
+    axes.set_xticks(densities, [f"{100 - 100 * density:.4g}" for density in densities], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="weights pruned (%)")
+    axes.invert_xaxis()
+    axes.legend()
+    _write(figure, path)
+
+
+def minutes(accuracies: Points, minutes: Points, dense: Sequence[float], path: str | Path) -> None:
+    """Draw accuracy against the minutes of pruning and training, a mark for each density, larger where more is kept.
+
+    Args and Raises as :func:`sparsity`; minutes has the keys of accuracies.
+
+    >>> minutes({"omp": {0.1: [0.90]}}, {"omp": {0.1: [2.5]}}, [0.95], "minutes.png")
+    """
+    figure, axes = _accuracy_axes(accuracies, dense)
+    for number, (label, points) in enumerate(accuracies.items()):
+        means, deviations = _percent([*points.values()])
+        times = [statistics.fmean(minutes[label][density]) for density in points]
+        axes.errorbar(times, means, deviations, fmt="-", alpha=0.4, capsize=3, color=f"C{number}")
+        axes.scatter(
+            times, means, [20 + 200 * density for density in points], color=f"C{number}", label=label
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="minutes of pruning and training")
+    axes.legend()
+    _write(figure, path)
+
+
+def layers(kept: Mapping[float, Mapping[str, Mapping[str, float]]], path: str | Path) -> None:
+    """Draw the part of each layer's weights that is kept, a panel for each density.
+
+    Args:
+        kept: by density, by label of the method, by layer, in [0, 1].
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no result.
+        OSError: the file cannot be written.
+
+    >>> layers({0.1: {"omp": {"stem.weight": 0.9, "head.weight": 0.05}}}, "layers.png")
+    """
+    if not kept or not all(kept.values()):
+        raise ValueError(f"kept must hold at least one density with a method, got {dict(kept)}")
+    names = list(next(iter(next(iter(kept.values())).values())))
+    figure = Figure(figsize=(2 + len(kept) * max(3.0, 0.25 * len(names)), 4), layout="constrained")
+    panels = figure.subplots(1, len(kept), sharey=True, squeeze=False)[0]
+    for axes, (density, methods) in zip(panels, kept.items(), strict=True):
+        for label, parts in methods.items():
+            axes.plot(range(len(names)), [100 * parts[name] for name in names], ".-", label=label)
+        axes.set_yscale("symlog", linthresh=0.1)  # a layer may have lost everything
+        axes.set(title=f"{100 * density:.4g} % kept", ylim=(0, 110))
+        axes.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("weights kept in the layer (%)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    _write(figure, path)
+
+
+def _accuracy_axes(accuracies: Points, dense: Sequence[float]) -> tuple[Figure, Any]:
+    if not accuracies or not all(accuracies.values()):
+        raise ValueError(f"accuracies must hold at least one method with a density, got {dict(accuracies)}")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100 * statistics.fmean(dense), color="black", linestyle="--", label="dense")
+    axes.set(ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _percent(groups: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Means and standard deviations, in percent."""
+    deviations = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups]
+    return [100 * statistics.fmean(group) for group in groups], [100 * deviation for deviation in deviations]
 
 
 def _show(axes: Any, image: Tensor) -> None:

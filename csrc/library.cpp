@@ -29,7 +29,8 @@ constexpr const char* kFastBat =
 
 // Masks are words, int64 [rows, ⌈cols / 64⌉]; a stream is (start, column, block), see sparse/stream.h, and
 // the products also carry that of the transposed mask, for their derivatives: none where no derivative is
-// wanted.
+// wanted. dense_grad is for the derivatives too: a weight's gradient whatever the mask; of a convolution, the
+// numbers that it takes, or none.
 #define STREAMS "Tensor start, Tensor column, int block, Tensor? start_t, Tensor? column_t, int block_t"
 // The streams and the geometry of a convolution, and of its gradient by the input: see ops/convolution.py.
 #define PLANS "Tensor[] streams, Tensor[] streams_t, int[] geometry, int[] geometry_t"
@@ -38,10 +39,10 @@ constexpr const char* kProducts[] = {
     "words_mask(Tensor words, int cols) -> Tensor",
     "transpose_words(Tensor words, int cols) -> Tensor",
     "mask_stream(Tensor words, int cols, int block) -> (Tensor start, Tensor column)",
-    "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ") -> Tensor",
+    "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ") -> Tensor",
-    "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ") -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", int[]? dense_grad=None) -> Tensor",
+    "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", int[]? dense_grad=None) -> Tensor",
     "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",
 };
 #undef STREAMS
@@ -51,6 +52,16 @@ constexpr const char* kProducts[] = {
 constexpr const char* kSelections[] = {
     "topk_mask(Tensor[] scores, float density, bool per_layer) -> Tensor[]",
     "nm_mask(Tensor scores, int n, int m, int dim) -> Tensor",
+};
+
+// Steps over a list of layers, in place; words are the layers' masks, momentum_buffers none or one a layer.
+constexpr const char* kSteps[] = {
+    "bip_score_step_(Tensor(a!)[] scores, Tensor[] weights, Tensor[] grads, Tensor[] words,"
+    " Tensor(b!)[] momentum_buffers, float lr, float gamma, float momentum, float weight_decay) -> ()",
+    "bip_released_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float "
+    "gamma, float momentum, float weight_decay) -> ()",
+    "masked_sgd_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] words, Tensor(b!)[] momentum_buffers,"
+    " float lr, float momentum, float weight_decay) -> ()",
 };
 
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
@@ -80,4 +91,5 @@ TORCH_LIBRARY(blokern, m) {
   define(m, kFastBat);
   for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kSelections) m.def(schema, {at::Tag::pt2_compliant_tag});
+  for (const char* schema : kSteps) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

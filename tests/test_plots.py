@@ -45,6 +45,26 @@ def test_comparison(tmp_path):
     assert_png(tmp_path / "comparison.png")
 
 
+ACCURACIES = {"omp": {0.1: [0.9, 0.92], 0.02: [0.8, 0.85]}, "bip": {0.1: [0.95], 0.02: [0.9]}}
+
+
+def test_sparsity(tmp_path):
+    plots.sparsity(ACCURACIES, [0.95, 0.96], tmp_path / "sparsity.png")
+    assert_png(tmp_path / "sparsity.png")
+
+
+def test_minutes(tmp_path):
+    times = {label: {density: [2.0, 3.0] for density in points} for label, points in ACCURACIES.items()}
+    plots.minutes(ACCURACIES, times, [0.95], tmp_path / "minutes.png")
+    assert_png(tmp_path / "minutes.png")
+
+
+def test_layers_even_without_weights(tmp_path):
+    kept = {"omp": {"stem.weight": 0.9, "head.weight": 0.0}, "bip": {"stem.weight": 1.0, "head.weight": 0.01}}
+    plots.layers({0.1: kept, 0.02: kept}, tmp_path / "layers.png")
+    assert_png(tmp_path / "layers.png")
+
+
 def test_wrong_calls_name_the_argument(tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match="runs must hold at least one run"):
@@ -57,4 +77,12 @@ def test_wrong_calls_name_the_argument(tmp_path):
         draw_examples(path, adversarial=torch.rand(3, 1, 8, 9))
     with pytest.raises(ValueError, match="results must hold at least one method"):
         plots.comparison({}, path)
+    for accuracies in ({}, {"omp": {}}):
+        with pytest.raises(ValueError, match="accuracies must hold at least one method with a density"):
+            plots.sparsity(accuracies, [0.9], path)
+        with pytest.raises(ValueError, match="accuracies must hold at least one method with a density"):
+            plots.minutes(accuracies, accuracies, [0.9], path)
+    for kept in ({}, {0.1: {}}):
+        with pytest.raises(ValueError, match="kept must hold at least one density with a method"):
+            plots.layers(kept, path)
     assert not path.exists()

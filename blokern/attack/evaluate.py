@@ -29,7 +29,7 @@ _TOLERANCE = 1e-4  # of box and ball: other libraries' attacks round
 class Evaluation:
     """Accuracies are shares in [0, 1] of all `samples`; `seconds` is wall-clock time.
 
-    robust_accuracy: samples that are classified correctly without an attack and under every attack.
+    robust_accuracy: samples that are classified correctly without an attack and under every attack, if there is one.
     per_attack: under each alone, by name.
     """
 
@@ -41,10 +41,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         attacks = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in self.per_attack.items())
-        return (
-            f"SA {self.clean_accuracy:.2%}, RA {self.robust_accuracy:.2%} ({attacks}); "
-            f"{self.samples} samples in {self.seconds:.1f} s"
-        )
+        robust = f", RA {self.robust_accuracy:.2%} ({attacks})" if attacks else ""
+        return f"SA {self.clean_accuracy:.2%}{robust}; {self.samples} samples in {self.seconds:.1f} s"
 
 
 def evaluate(
@@ -63,9 +61,9 @@ def evaluate(
     """Standard accuracy, and robust accuracy under one attack or the worst case of several.
 
     loader: batches (x [N, ...] in [clip_min, clip_max], y [N] int64), moved to the model's device. attack: a
-    callable (x, y) -> x_adv, several by name, or None for PGD-50-10: 50 steps of eps/4, 10 restarts, at `eps`
-    (default 8/255) in `norm`, as in the Fast-BAT paper's evaluation. Each attack gets the samples that are
-    classified correctly without one. The model is in eval mode with its parameters frozen throughout, and
+    callable (x, y) -> x_adv, several by name, {} for standard accuracy alone, or None for PGD-50-10: 50 steps of eps/4,
+    10 restarts, at `eps` (default 8/255) in `norm`, as in the Fast-BAT paper's evaluation. Each attack gets the samples
+    that are classified correctly without one. The model is in eval mode with its parameters frozen throughout, and
     restored after. An attack built on another model measures transfer.
 
     check: refuse an attack's output that is not finite, outside the box, or, if `eps` is given, outside the
@@ -150,8 +148,6 @@ def _named(attack: AnyAttack | Mapping[str, AnyAttack]) -> dict[str, AnyAttack]:
     if not isinstance(attack, Mapping):
         own = attack.name if isinstance(attack, Attack) else getattr(attack, "__name__", None)
         attack = {own or type(attack).__name__: attack}
-    if not attack:
-        raise ValueError("attack is an empty dict; pass None for PGD-50-10")
     for name, one in attack.items():
         if not callable(one):
             raise TypeError(f"attack {name!r} must be a callable (x, y) -> x_adv, got {type(one).__name__}")

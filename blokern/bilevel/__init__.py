@@ -1,4 +1,5 @@
-"""Training methods as step rules: `Method(model, optimizer, settings).step(x, y)`, in anyone's loop."""
+"""Methods to train with, as step rules: `Method(model, optimizer, settings).step(x, y)`, in anyone's loop; and methods
+to prune with: `Method(settings).masks(model, batches)`. BiP does both, and its step takes two batches."""
 
 from blokern.bilevel.adversarial import (
     NFGSMAT,
@@ -14,31 +15,68 @@ from blokern.bilevel.adversarial import (
     PlainSettings,
     TRADESSettings,
 )
+from blokern.bilevel.bip import BiP, BiPSettings
 from blokern.bilevel.fast_bat import FastBAT, FastBATSettings
-from blokern.bilevel.step import StepResult, StepRule
+from blokern.bilevel.masking import PruningSettings
+from blokern.bilevel.pruning import (
+    IMP,
+    OMP,
+    SNIP,
+    GraSP,
+    GraSPSettings,
+    Hydra,
+    HydraSettings,
+    IMPSettings,
+    OMPSettings,
+    RandomPruning,
+    RandomPruningSettings,
+    SNIPSettings,
+    SynFlow,
+    SynFlowSettings,
+)
+from blokern.bilevel.step import StepResult, StepRule, TwoBatchRule
 from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
 
 __all__ = [
+    "IMP",
     "METHODS",
     "NFGSMAT",
+    "OMP",
     "PGDAT",
+    "PRUNERS",
+    "SNIP",
     "TRADES",
+    "BiP",
+    "BiPSettings",
     "FastAT",
     "FastATSettings",
     "FastBAT",
     "FastBATSettings",
+    "GraSP",
+    "GraSPSettings",
     "GradAlign",
     "GradAlignSettings",
+    "Hydra",
+    "HydraSettings",
+    "IMPSettings",
     "Interrupted",
     "NFGSMATSettings",
+    "OMPSettings",
     "PGDATSettings",
     "Plain",
     "PlainSettings",
+    "PruningSettings",
+    "RandomPruning",
+    "RandomPruningSettings",
+    "SNIPSettings",
     "StepResult",
     "StepRule",
+    "SynFlow",
+    "SynFlowSettings",
     "TRADESSettings",
     "TrainSettings",
     "Trainer",
+    "TwoBatchRule",
 ]
 
 #: The command line's name of each method: its rule and its settings.
@@ -50,4 +88,15 @@ METHODS: dict[str, tuple[type, type]] = {
     "n-fgsm": (NFGSMAT, NFGSMATSettings),
     "pgd": (PGDAT, PGDATSettings),
     "trades": (TRADES, TRADESSettings),
+}
+
+#: The command line's name of each pruning method that fine-tuning follows, and its settings.
+PRUNERS: dict[str, tuple[type, type]] = {
+    "omp": (OMP, OMPSettings),
+    "imp": (IMP, IMPSettings),
+    "snip": (SNIP, SNIPSettings),
+    "grasp": (GraSP, GraSPSettings),
+    "synflow": (SynFlow, SynFlowSettings),
+    "hydra": (Hydra, HydraSettings),
+    "random": (RandomPruning, RandomPruningSettings),
 }

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import torch
@@ -22,7 +21,8 @@ from blokern import ops
 from blokern._names import unknown_name
 from blokern.attack import eval_mode, frozen_parameters
 from blokern.attack.checks import check_box
-from blokern.bilevel.step import StepResult
+from blokern.bilevel.settings import check_numbers
+from blokern.bilevel.step import StepResult, check_batch, check_types
 from blokern.curvature import Linearization, LossFn, linearize
 
 __all__ = [
@@ -49,19 +49,6 @@ __all__ = [
 #: float32.
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
-# A word of the settings means the same in every method, so it is checked in one place: test, and test in
-# words.
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "eps": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
-    "step_size": (lambda v: 0.0 < v < math.inf, "a finite number > 0, or None for the method's default"),
-    "attack_steps": (lambda v: isinstance(v, int) and v >= 1, "an integer >= 1"),
-    "lam": (lambda v: v >= 0.0, "a number >= 0 (0: 1/step_size; inf: no implicit term)"),
-    "penalty": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0, or None for the paper's"),
-    "beta": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
-    "clip_min": (math.isfinite, "a finite number"),
-    "clip_max": (math.isfinite, "a finite number"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlainSettings:
@@ -77,14 +64,7 @@ class PlainSettings:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            name, value = setting.name, getattr(self, setting.name)
-            if name in _NUMBERS and not (value is None and setting.default is None):
-                allowed, expected = _NUMBERS[name]
-                if not isinstance(value, int | float) or isinstance(value, bool):
-                    raise TypeError(f"{name} must be {expected}, got {value!r}")
-                if not allowed(value):
-                    raise ValueError(f"{name} must be {expected}, got {value!r}")
+        check_numbers(self)
         if self.precision not in get_args(Precision):
             raise unknown_name("precision", self.precision, get_args(Precision))
 
@@ -200,14 +180,11 @@ class Rule(ABC, Generic[SettingsT]):
     settings_type: ClassVar[type[PlainSettings]]
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: SettingsT) -> None:
-        wanted = {
-            "model": (model, nn.Module),
-            "optimizer": (optimizer, Optimizer),
-            "settings": (settings, self.settings_type),
-        }
-        for name, (value, kind) in wanted.items():
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+        check_types(
+            model=(model, nn.Module),
+            optimizer=(optimizer, Optimizer),
+            settings=(settings, self.settings_type),
+        )
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
@@ -219,14 +196,7 @@ class Rule(ABC, Generic[SettingsT]):
         device). y: [N] int64. Raises TypeError or ValueError, naming the argument, for other dtypes or
         shapes.
         """
-        if x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}")
-        if y.dtype != torch.int64:
-            raise TypeError(f"y must be class labels, torch.int64, got {y.dtype}")
-        if x.dim() < 2 or x.shape[0] == 0:
-            raise ValueError(f"x must be a batch, [N, ...] with N >= 1, got shape {tuple(x.shape)}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")
+        check_batch(x, y)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, enabled=False):  # forwards choose their own; see `precision`
             result = self._backward(x.detach(), y)

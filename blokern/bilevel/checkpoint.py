@@ -11,14 +11,29 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VERSION", "CheckpointError", "fingerprint", "load", "load_weights", "save", "write_atomically"]
+from blokern import models
+from blokern.sparse import SparseMask, sparsify
+
+__all__ = [
+    "VERSION",
+    "CheckpointError",
+    "check_same",
+    "fingerprint",
+    "load",
+    "load_model",
+    "load_weights",
+    "recipe_of",
+    "save",
+    "write_atomically",
+]
 
 VERSION = 1
 
@@ -84,18 +99,51 @@ def fingerprint(path: str | Path) -> str:
     return _read(path)[1].hex()
 
 
+def recipe_of(payload: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """What the checkpoint says about how its network and data are made, by the keys "model" and "data".
+
+    Raises:
+        CheckpointError: it says nothing, as when a trainer was given no recipe.
+
+    >>> recipe_of(load("runs/a/best.pt"), "runs/a/best.pt")["model"]["name"]
+    'small_cnn'
+    """
+    recipe: dict[str, Any] = payload.get("recipe", {})
+    if "model" not in recipe:
+        raise CheckpointError(
+            f"{source} does not say how its network is built; see checkpoint.load_weights to use it in Python"
+        )
+    return recipe
+
+
+def load_model(payload: Mapping[str, Any], source: str | Path) -> nn.Module:
+    """The network of a checkpoint: built as its recipe says, with masked layers where it is pruned, weights loaded.
+
+    Raises:
+        CheckpointError: there is no recipe, or the weights are of another architecture.
+
+    >>> model = load_model(load("runs/a/best.pt"), "runs/a/best.pt")
+    """
+    model = models.build(**recipe_of(payload, source)["model"])
+    load_weights(model, payload["model"], source)
+    return model
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """``model.load_state_dict(weights)``, with a message that sums up what does not fit.
+
+    Layers of which the weights have a mask, and the model not yet, are given it (:func:`blokern.sparse.sparsify`).
 
     Raises:
         CheckpointError: names or shapes differ; the model is unchanged.
 
     >>> load_weights(model, load("runs/a/best.pt")["model"], "runs/a/best.pt")
     """
-    expected = model.state_dict()
+    expected, masks = model.state_dict(), _new_masks(model, weights)
+    known = expected.keys() | {_words_of(name) for name in masks}
     problems = {
         "missing": [name for name in expected if name not in weights],
-        "unknown to the model": [name for name in weights if name not in expected],
+        "unknown to the model": [name for name in weights if name not in known],
         "of another shape": [
             f"{name} {list(weights[name].shape)} for {list(tensor.shape)}"
             for name, tensor in expected.items()
@@ -105,7 +153,39 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"{source} is of another architecture: weights {'; '.join(found)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer without weights: whoever pruned it was told
+        sparsify(model, masks)
     model.load_state_dict(weights)
+
+
+def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, SparseMask]:
+    """The masks in `weights` that fit layers without one, by parameter name."""
+    masks = {}
+    for name, weight in model.named_parameters():
+        words = weights.get(_words_of(name))
+        if words is not None and type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Conv2d):
+            with contextlib.suppress(ValueError):
+                masks[name] = SparseMask.of_words(words.clone(), weight.shape)
+    return masks
+
+
+def _words_of(weight: str) -> str:
+    """The state_dict's key for the mask of this parameter."""
+    return f"{weight.removesuffix('weight')}mask_words" if weight.endswith("weight") else ""
+
+
+def check_same(what: str, there: Mapping[str, Any], here: Mapping[str, Any], source: str | Path) -> None:
+    """Compare the plain values that a file keeps with those of the present call.
+
+    Raises:
+        CheckpointError: "source is of another `what`", naming all values that differ.
+
+    >>> check_same("run", {"lr": 0.1}, {"lr": 0.1}, "runs/a/last.pt")
+    """
+    found = [f"{name} is {old!r} there and {new!r} here" for name, old, new in _differences(there, here)]
+    if found:
+        raise CheckpointError(f"{source} is of another {what}: {'; '.join(found)}")
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
@@ -151,6 +231,15 @@ def _read(path: str | Path) -> tuple[memoryview, bytes]:
     if hashlib.sha256(body).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return body, bytes(digest)
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves in which two nested dicts differ, by dotted name."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif there != here:
+        yield name, there, here
 
 
 def _some(names: Any, limit: int = 3) -> str:

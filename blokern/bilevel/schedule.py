@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from blokern._names import unknown_name
 
-__all__ = ["SCHEDULES", "constant", "cyclic", "learning_rate", "momentum", "multistep"]
+__all__ = ["SCHEDULES", "constant", "cosine", "cyclic", "learning_rate", "momentum", "multistep"]
 
 #: How far a cycled momentum dips at the learning rate's peak: 0.9 → 0.8 → 0.9 in Fast-BAT's released code.
 MOMENTUM_DIP = 0.1
@@ -41,10 +42,20 @@ def multistep(progress: float) -> float:
     return 0.1 if progress < 0.75 else 0.01
 
 
+def cosine(progress: float) -> float:
+    """Half a cosine, 1 → 0.
+
+    >>> cosine(0.0), cosine(1.0)
+    (1.0, 0.0)
+    """
+    return 0.5 + 0.5 * math.cos(math.pi * progress)
+
+
 #: The schedules by name: progress in [0, 1] → the factor of the peak learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cyclic": cyclic,
     "multistep": multistep,
+    "cosine": cosine,
     "constant": constant,
 }
 

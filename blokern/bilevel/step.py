@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["StepResult", "StepRule"]
+__all__ = [
+    "Batch",
+    "ScoreRule",
+    "StatefulRule",
+    "StepResult",
+    "StepRule",
+    "TwoBatchRule",
+    "check_batch",
+    "check_types",
+]
+
+#: x [N, ...] float32 or float64, y [N] int64.
+Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +47,52 @@ class StepRule(Protocol):
     def step(self, x: Tensor, y: Tensor) -> StepResult:
         """Updates the model once on the batch x [N, C, H, W] in [clip_min, clip_max], y [N] int64."""
         ...
+
+
+@runtime_checkable
+class TwoBatchRule(Protocol):
+    """A `StepRule` whose two levels learn from different batches; it says so by having `takes_two`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    takes_two: ClassVar[Literal[True]]
+
+    def step(self, lower: Batch, upper: Batch) -> StepResult:
+        """Updates the model once."""
+        ...
+
+
+@runtime_checkable
+class ScoreRule(Protocol):
+    """A rule that trains scores besides the weights, at a rate of their own that its owner may set at any time."""
+
+    score_lr: float
+    settings: Any  # whose score_lr is the rate at first
+
+
+@runtime_checkable
+class StatefulRule(Protocol):
+    """A rule with state beyond the model's and the optimizer's: tensors, numbers, strings, and dicts of them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def check_types(**wanted: tuple[object, type]) -> None:
+    """Raises TypeError for an argument, given with its type by name, that is not of its type."""
+    for name, (value, kind) in wanted.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
+def check_batch(x: Tensor, y: Tensor, of: str = "") -> None:
+    """Raises TypeError or ValueError unless x, y are a `Batch`; `of` begins the message."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{of}x must be torch.float32 or torch.float64, got {x.dtype}")
+    if y.dtype != torch.int64:
+        raise TypeError(f"{of}y must be class labels, torch.int64, got {y.dtype}")
+    if x.dim() < 2 or x.shape[0] == 0:
+        raise ValueError(f"{of}x must be a batch, [N, ...] with N >= 1, got shape {tuple(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"{of}y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")

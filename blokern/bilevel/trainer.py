@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,10 +23,10 @@ from tqdm import tqdm
 from blokern._names import unknown_name
 from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
-from blokern.bilevel.step import StepResult, StepRule
+from blokern.bilevel.step import ScoreRule, StatefulRule, StepResult, StepRule, TwoBatchRule
 from blokern.data import Batches, ImageDataset, Splits
 
-__all__ = ["Interrupted", "Record", "TrainSettings", "Trainer"]
+__all__ = ["Interrupted", "Record", "TrainSettings", "Trainer", "accuracies", "on_device", "ranking"]
 
 #: One epoch's line in metrics.jsonl.
 Record: TypeAlias = dict[str, float]
@@ -44,7 +44,7 @@ class TrainSettings:
         batch_size: images a step.
         lr: peak learning rate.
         schedule: learning rate over the run: cyclic (0 → lr → 0), multistep (a tenth from 50 % on, a
-            hundredth from 75 % on) or constant.
+            hundredth from 75 % on), cosine (lr → 0) or constant.
         momentum: of SGD.
         cycle_momentum: lower the momentum by up to 0.1 where the learning rate peaks, as Fast-BAT's released
             code does.
@@ -53,7 +53,8 @@ class TrainSettings:
         channels_last: keep images and weights in channels-last memory order.
         seed: of the order of the images, of augmentation, and of all that the method draws.
         eps: L∞ budget of the validation attack, for pixels in [0, 1].
-        val_steps: PGD steps of the validation attack, each eps / 4.
+        val_steps: PGD steps of the validation attack, each eps / 4; 0 validates without an attack, and the best
+            model is that of the highest standard accuracy.
         val_restarts: random restarts of the validation attack.
         val_samples: validate on at most so many images, the first of the validation split.
         val_batch_size: images a validation batch.
@@ -83,11 +84,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "val_steps", "val_restarts", "val_samples", "val_batch_size"):
-            value = getattr(self, name)
+            value, least = getattr(self, name), 0 if name == "val_steps" else 1
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.schedule not in schedule.SCHEDULES:
             raise unknown_name("schedule", self.schedule, schedule.SCHEDULES)
         lowest = schedule.MOMENTUM_DIP if self.cycle_momentum else 0.0
@@ -121,15 +122,17 @@ class Trainer:
     """Trains with ``rule`` in ``run_dir`` and can continue after any stop as if there had been none.
 
     In ``run_dir``: ``last.pt`` (where to continue), ``best.pt`` (highest robust accuracy on the validation
-    images), ``metrics.jsonl`` (a line an epoch), ``curves.png``, ``examples.png``, and TensorBoard's files
-    where TensorBoard is installed. Each file is replaced whole, never half-written. A lock on ``.lock`` keeps
-    a second process out while one trains; it ends with the process.
+    images; see ``val_steps``), ``metrics.jsonl`` (a line an epoch), ``curves.png``, ``examples.png`` if the
+    validation attacks, and TensorBoard's files where TensorBoard is installed. Each file is replaced whole, never
+    half-written. A lock on ``.lock`` keeps a second process out while one trains; it ends with the process.
 
     A resumed run has the bits of an uninterrupted one wherever the training itself is reproducible: with the
     same machine and number of threads, and on a GPU with ``torch.use_deterministic_algorithms(True)``.
 
     Args:
-        rule: the method; its optimizer's learning rate (and momentum, if cycled) is set before each step.
+        rule: the method; its optimizer's learning rate (and momentum, if cycled) is set before each step, and the
+            learning rate of its scores, if any: a tenth from 50 % of the run on, a hundredth from 75 % on. A rule of
+            two levels gets a second batch of the same images, in another order. State of its own is saved too.
         splits: the data; it is copied to the model's device.
         settings: see :class:`TrainSettings`; ``optimizer`` of it makes the optimizer they describe.
         run_dir: the folder of the run, made if needed.
@@ -137,6 +140,7 @@ class Trainer:
         recipe: plain values that say how rule, model and data were made. They are stored in the checkpoints,
             and a resume with other ones is refused.
         checkpoint_minutes: save at least this often within an epoch; in any case after each epoch.
+        keep_epochs: also save ``epoch-N.pt`` after these epochs, 0 being the start.
 
     Raises:
         OSError: ``run_dir`` cannot be written.
@@ -151,7 +155,7 @@ class Trainer:
 
     def __init__(
         self,
-        rule: StepRule,
+        rule: StepRule | TwoBatchRule,
         splits: Splits,
         settings: TrainSettings,
         run_dir: str | Path,
@@ -159,6 +163,7 @@ class Trainer:
         resume: bool = False,
         recipe: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = 10.0,
+        keep_epochs: Collection[int] = (),
     ) -> None:
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {checkpoint_minutes}")
@@ -170,6 +175,7 @@ class Trainer:
         self.settings = settings
         self.run_dir = Path(run_dir)
         self.checkpoint_minutes = checkpoint_minutes
+        self.keep_epochs = keep_epochs
         #: The finished epochs' records.
         self.history: list[Record] = []
         self.device = next(rule.model.parameters()).device
@@ -187,18 +193,26 @@ class Trainer:
 
         if settings.channels_last:
             rule.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-        self._batches = Batches(
-            _on(self.device, splits.train),
-            settings.batch_size,
-            shuffle=True,
-            augment=settings.augment,
-            drop_last=True,  # a last batch of one image would spoil BatchNorm's statistics
-            seed=settings.seed,
-            channels_last=settings.channels_last,
-        )
+        seeds = [settings.seed]
+        if isinstance(rule, TwoBatchRule):
+            seeds.append(-1 - settings.seed)  # no other run's
+        train = on_device(self.device, splits.train)
+        self._streams = [  # one a level
+            Batches(
+                train,
+                settings.batch_size,
+                shuffle=True,
+                augment=settings.augment,
+                drop_last=True,  # a last batch of one image would spoil BatchNorm's statistics
+                seed=seed,
+                channels_last=settings.channels_last,
+            )
+            for seed in seeds
+        ]
+        self._batches = self._streams[0]
         validation = splits.val.subset(range(min(len(splits.val), settings.val_samples)))
         self._validation = Batches(
-            _on(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
+            on_device(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
         )
         self._claim(resume)
 
@@ -227,7 +241,7 @@ class Trainer:
                 _say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
             else:
                 self._train()
-            if not (self.run_dir / "examples.png").exists():
+            if not (self.run_dir / "curves.png").exists():
                 self._draw()
         return self.history
 
@@ -236,6 +250,7 @@ class Trainer:
     def _train(self) -> None:
         if self._rng is None:
             torch.manual_seed(self.settings.seed)
+            self._keep()
         else:
             _set_rng_state(self._rng)
             _say(f"{self.run_dir}: continuing {self._position()}")
@@ -266,9 +281,11 @@ class Trainer:
             self._totals.seconds += now - start
             start = now
 
-        for x, y in self._batches.epoch(self._epoch, self._batch):
+        for batches in zip(*(s.epoch(self._epoch, self._batch) for s in self._streams), strict=True):
             self._set_rates()
-            pending.append((self._batch + 1, y, self.rule.step(x, y)))
+            rule = self.rule
+            result = rule.step(*batches) if isinstance(rule, TwoBatchRule) else rule.step(*batches[0])
+            pending.append((self._batch + 1, batches[0][1], result))
             self._batch += 1
             bar.update()
             due = time.monotonic() - self._saved_at > 60 * self.checkpoint_minutes
@@ -290,6 +307,10 @@ class Trainer:
             )
             if self.settings.cycle_momentum:
                 group["momentum"] = schedule.momentum(step, total, base=self.settings.momentum, cycle=True)
+        if isinstance(self.rule, ScoreRule):
+            self.rule.score_lr = schedule.learning_rate(
+                step, total, peak=self.rule.settings.score_lr, schedule="multistep"
+            )
 
     def _read(self, pending: list[tuple[int, Tensor, StepResult]]) -> None:
         """Bring the results of some steps to the host and add them up."""
@@ -304,7 +325,7 @@ class Trainer:
     def _validate(self, stop: _StopRequest) -> Record:
         """The epoch's record. The attack draws from its own generator: training does not depend on it."""
         lr = self.rule.optimizer.param_groups[0]["lr"]
-        attack = self._attack()
+        attack: Any = self._attack() if self.settings.val_steps else {}
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in self._validation:
@@ -314,12 +335,13 @@ class Trainer:
 
         start = time.perf_counter()
         result = evaluate(self.rule.model, batches(), attack)
+        robust = {"val_robust_accuracy": result.robust_accuracy} if attack else {}
         return {
             "epoch": self._epoch + 1,
             **self._totals.means(),
             "lr": lr,
             "val_accuracy": result.clean_accuracy,
-            "val_robust_accuracy": result.robust_accuracy,
+            **robust,
             "train_seconds": self._totals.seconds,
             "val_seconds": time.perf_counter() - start,
         }
@@ -338,13 +360,17 @@ class Trainer:
     def _finish_epoch(self, record: Record) -> None:
         self.history.append(record)
         self._epoch, self._batch, self._totals = self._epoch + 1, 0, _Totals()
-        score = (record["val_robust_accuracy"], record["val_accuracy"])
-        if score > self._best:
+        if (score := ranking(record)) > self._best:
             self._best = score
             # Before last.pt: killed in between, the run repeats this epoch and writes the same best.pt again.
             self._save("best.pt")
+        self._keep()
         self._save("last.pt")
         self._write_metrics()
+
+    def _keep(self) -> None:
+        if self._epoch in self.keep_epochs:
+            self._save(f"epoch-{self._epoch}.pt")
 
     # --- Stopping -------------------------------------------------------------------------------------------
 
@@ -403,6 +429,7 @@ class Trainer:
                 **self._identity,
                 "model": self.rule.model.state_dict(),
                 "optimizer": self.rule.optimizer.state_dict(),
+                **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
                 "rng": self._rng,
                 "epoch": self._epoch,
                 "batch": self._batch,
@@ -413,18 +440,19 @@ class Trainer:
         )
 
     def _restore(self, payload: Mapping[str, Any], source: Path) -> None:
-        theirs = {key: payload.get(key) for key in self._identity}
-        differences = [
-            f"{name} is {there!r} there and {here!r} here"
-            for name, there, here in _differences(theirs, self._identity)
-        ]
-        if differences:
-            raise checkpoint.CheckpointError(f"{source} is of another run: {'; '.join(differences)}")
+        checkpoint.check_same(
+            "run", {key: payload.get(key) for key in self._identity}, self._identity, source
+        )
         checkpoint.load_weights(self.rule.model, payload["model"], source)
         try:
             self.rule.optimizer.load_state_dict(payload["optimizer"])
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{source} is of another optimizer: {error}") from error
+        if isinstance(self.rule, StatefulRule):
+            try:
+                self.rule.load_state_dict(payload["rule"])
+            except ValueError as error:
+                raise checkpoint.CheckpointError(f"{source} is of another model: {error}") from error
         self._rng = payload["rng"]
         self._epoch, self._batch = payload["epoch"], payload["batch"]
         self._totals = _Totals(**payload["totals"])
@@ -440,13 +468,14 @@ class Trainer:
         from blokern import plots  # matplotlib takes a second to import
 
         model = self.rule.model
-        x, y = next(iter(self._validation))
-        x, y = x[:8], y[:8]
-        x_adv = self._attack()(x, y)
-        with torch.no_grad(), eval_mode(model):
-            before, after = model(x).argmax(dim=1), model(x_adv).argmax(dim=1)
+        if self.settings.val_steps:
+            x, y = next(iter(self._validation))
+            x, y = x[:8], y[:8]
+            x_adv = self._attack()(x, y)
+            with torch.no_grad(), eval_mode(model):
+                before, after = model(x).argmax(dim=1), model(x_adv).argmax(dim=1)
+            plots.examples(x, x_adv, y, before, after, self.run_dir / "examples.png")
         plots.curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
-        plots.examples(x, x_adv, y, before, after, self.run_dir / "examples.png")
 
     # --- Display --------------------------------------------------------------------------------------------
 
@@ -460,8 +489,7 @@ class Trainer:
         shown = {"epoch": f"{self._epoch + 1}/{self.settings.epochs}"}
         shown["loss"] = f"{self._totals.means()['loss']:.3f}"
         if self.history:
-            shown["SA"] = f"{self.history[-1]['val_accuracy']:.1%}"
-            shown["RA"] = f"{self.history[-1]['val_robust_accuracy']:.1%}"
+            shown["val"] = accuracies(self.history[-1], digits=1)
         return shown
 
 
@@ -531,7 +559,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _on(device: torch.device, dataset: ImageDataset) -> ImageDataset:
+def on_device(device: torch.device, dataset: ImageDataset) -> ImageDataset:
+    """The data set with its images and labels on the device."""
     return replace(dataset, images=dataset.images.to(device), labels=dataset.labels.to(device))
 
 
@@ -547,15 +576,6 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two nested dicts differ, by dotted name."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
-    elif there != here:
-        yield name, there, here
 
 
 def _tensorboard(run_dir: Path, epoch: int) -> Any:
@@ -576,10 +596,21 @@ class _NoBoard:
         pass
 
 
+def ranking(record: Record) -> tuple[float, float]:
+    """What the best epoch is the highest in."""
+    return record.get("val_robust_accuracy", 0.0), record["val_accuracy"]
+
+
+def accuracies(record: Record, digits: int = 2) -> str:
+    """A record's standard and robust accuracy, in words."""
+    names = {"SA": "val_accuracy", "RA": "val_robust_accuracy"}
+    return ", ".join(f"{word} {record[name]:.{digits}%}" for word, name in names.items() if name in record)
+
+
 def _summary(record: Record, epochs: int) -> str:
     return (
         f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, train {record['train_accuracy']:.2%}, "
-        f"validation SA {record['val_accuracy']:.2%} RA {record['val_robust_accuracy']:.2%}, "
+        f"validation {accuracies(record)}; "
         f"{record['train_seconds']:.1f} s + {record['val_seconds']:.1f} s"
     )
 

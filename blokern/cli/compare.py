@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from blokern.cli.options import (
     MODEL_OPTIONS,
     STRENGTH_OPTIONS,
     TEST_LIMIT,
+    Option,
     Options,
     Seeds,
     check_known,
@@ -36,7 +37,7 @@ from blokern.cli.train import make_trainer, train_parser
 if TYPE_CHECKING:
     from blokern.data import ImageDataset
 
-__all__ = ["compare"]
+__all__ = ["check_different", "compare", "mean_and_deviation", "parse_entries"]
 
 
 def compare(argv: list[str]) -> int:
@@ -61,11 +62,13 @@ def compare(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=Seeds, default=Seeds(0), help="such as 0,1,2: a run for each")
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the results")
     options = parse(parser, argv)
-    entries = [Entry.parse(text) for text in options["methods"]]
-    for name, values in (("seeds", options["seeds"]), ("labels", [entry.label for entry in entries])):
-        if len(set(values)) < len(values):
-            hint = "; write LABEL=METHOD to name one" if name == "labels" else ""
-            raise ValueError(f"{name} must differ, got {', '.join(map(str, values))}{hint}")
+    # Data and seeds are the same for all.
+    entries = parse_entries(
+        options["methods"],
+        methods(),
+        lambda method: (o for o in run_options(method)[len(DATA_OPTIONS) :] if o.name != "seed"),
+    )
+    check_different("seeds", options["seeds"])
 
     from blokern import data
 
@@ -103,25 +106,38 @@ class Entry:
     options: tuple[tuple[str, str], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Entry:
-        """Read ``[LABEL=]METHOD[:KEY=VALUE,...]``."""
+    def parse(cls, text: str, known: Callable[[str], Iterable[Option]], methods: Iterable[str]) -> Entry:
+        """Read ``[LABEL=]METHOD[:KEY=VALUE,...]``; `known` are the options that a method may have of its own."""
         head, _, tail = text.partition(":")
         label, _, method = head.rpartition("=")
-        check_known("method", method, methods())
+        check_known("method", method, methods)
         label = label or method
         if not re.fullmatch(r"[\w+-][\w.+-]*", label):  # it names a folder
             raise ValueError(f"methods: a label is made of letters, digits and - _ + ., got {label!r}")
-        # Data and seeds are the same for all.
-        own = run_options(method)[len(DATA_OPTIONS) :]
-        known = [option.name for option in own if option.name != "seed"]
+        names = [option.name for option in known(method)]
         options = []
         for part in tail.split(",") if tail else ():
             key, equals, value = part.partition("=")
             if not equals:
                 raise ValueError(f"methods: expected KEY=VALUE after the colon of {text!r}, got {part!r}")
-            check_known(f"option of {method}", key := key.replace("-", "_"), known)
+            check_known(f"option of {method}", key := key.replace("-", "_"), names)
             options.append((key, value))
         return cls(label, method, tuple(options))
+
+
+def parse_entries(
+    texts: Sequence[str], methods: Iterable[str], known: Callable[[str], Iterable[Option]]
+) -> list[Entry]:
+    """All entries of a command line, whose labels must differ."""
+    entries = [Entry.parse(text, known, methods) for text in texts]
+    check_different("labels", [entry.label for entry in entries], "; write LABEL=METHOD to name one")
+    return entries
+
+
+def check_different(name: str, values: Sequence[object], hint: str = "") -> None:
+    """Raise unless no value is given twice."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must differ, got {', '.join(map(str, values))}{hint}")
 
 
 @dataclass(frozen=True)
@@ -178,10 +194,10 @@ def _write_results(out: Path, runs: Mapping[Entry, Sequence[Run]], options: Opti
     ]
     for entry, own in runs.items():
         cells = (
-            _mean([100 * run.best["clean_accuracy"] for run in own]),
-            _mean([100 * run.best["robust_accuracy"] for run in own]),
-            _mean([100 * run.last["robust_accuracy"] for run in own]),
-            _mean([run.seconds for run in own]),
+            mean_and_deviation([100 * run.best["clean_accuracy"] for run in own]),
+            mean_and_deviation([100 * run.best["robust_accuracy"] for run in own]),
+            mean_and_deviation([100 * run.last["robust_accuracy"] for run in own]),
+            mean_and_deviation([run.seconds for run in own]),
         )
         rows.append(f"| {entry.label} | {' | '.join(cells)} |")
     results = {
@@ -223,6 +239,6 @@ def _write_results(out: Path, runs: Mapping[Entry, Sequence[Run]], options: Opti
     )
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

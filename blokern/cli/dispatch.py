@@ -13,16 +13,20 @@ from blokern._version import __version__
 from blokern.cli.bench import bench
 from blokern.cli.compare import compare
 from blokern.cli.evaluate import evaluate
+from blokern.cli.export import export
 from blokern.cli.info import info
 from blokern.cli.options import check_known, first_line
+from blokern.cli.prune import prune
 from blokern.cli.train import train
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "prune": prune,
     "evaluate": evaluate,
     "compare": compare,
+    "export": export,
     "bench": bench,
     "info": info,
 }
@@ -54,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: blokern COMMAND ...\n\nRobust networks: train them, attack them, compare methods.\n")
+        print(
+            "usage: blokern COMMAND ...\n\nRobust and sparse networks: train, prune and attack them, compare methods.\n"
+        )
         for name, command in COMMANDS.items():
             print(f"  {name:10} {first_line(command)}")
         print("\nblokern COMMAND --help says more; blokern --version prints the version.")

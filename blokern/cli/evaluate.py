@@ -59,11 +59,7 @@ def evaluate(argv: list[str]) -> int:
 
     path = options["checkpoint"]
     payload = checkpoint.load(path)
-    if "model" not in payload.get("recipe", {}):
-        raise checkpoint.CheckpointError(
-            f"{path} does not say how its network is built; see checkpoint.load_weights to use it in Python"
-        )
-    name = options["data"] or payload["recipe"]["data"]["name"]
+    name = options["data"] or checkpoint.recipe_of(payload, path)["data"]["name"]
     test = data.load(name, data_dir=options["data_dir"], test_limit=options["test_limit"]).test
     attack = {key: options[key] for key in ("attack", "norm", "eps", "steps", "restarts", "seed")}
     if attack["eps"] is None:
@@ -85,7 +81,6 @@ def attacked(
     """How the network of a checkpoint does on the test images, in plain values."""
     from tqdm import tqdm
 
-    from blokern import models
     from blokern.attack import evaluate
     from blokern.bilevel import checkpoint
     from blokern.data import Batches
@@ -96,9 +91,8 @@ def attacked(
             f"data: {test.name} has {test.images.shape[1]} channels and {test.num_classes} classes, "
             f"the network in {path} {network['in_channels']} and {network['num_classes']}"
         )
-    model = models.build(**network)
-    checkpoint.load_weights(model, payload["model"], path)
-    adversary = _adversary(model.to(device), **attack)
+    model = checkpoint.load_model(payload, path).to(device)
+    adversary = _adversary(model, **attack)
     with tqdm(Batches(test, 256), desc=adversary.name, unit="batch", disable=None, leave=False) as batches:
         result = evaluate(model, batches, adversary)
     return {**attack, "attack": adversary.name, **asdict(result)}

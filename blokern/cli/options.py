@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args, get_type_hints
 
@@ -21,6 +21,7 @@ __all__ = [
     "SETTINGS",
     "STRENGTH_OPTIONS",
     "TEST_LIMIT",
+    "Densities",
     "Number",
     "Option",
     "Options",
@@ -34,6 +35,7 @@ __all__ = [
     "pick",
     "run_options",
     "select_device",
+    "settings_options",
     "train_options",
 ]
 
@@ -60,12 +62,24 @@ class Seeds(tuple[int, ...]):
     """Whole numbers; as text, separated by commas."""
 
     def __new__(cls, value: Any) -> Seeds:
-        parts = value.split(",") if isinstance(value, str) else value
-        return super().__new__(cls, map(int, parts if isinstance(parts, list | tuple) else [parts]))
+        return super().__new__(cls, map(int, _parts(value)))
+
+
+class Densities(tuple[float, ...]):
+    """Numbers; as text, separated by commas."""
+
+    def __new__(cls, value: Any) -> Densities:
+        return super().__new__(cls, (float(Number(part)) for part in _parts(value)))
+
+
+def _parts(value: Any) -> list[Any] | tuple[Any, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    return parts if isinstance(parts, list | tuple) else [parts]
 
 
 register_type(Number, serializer=float)
 register_type(Seeds, serializer=list)
+register_type(Densities, serializer=list)
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,18 @@ METHOD_HELP = {
     "lam": "λ of the implicit term; 0 means 1 / step_size, inf switches the term off",
     "penalty": "weight of the gradient alignment (default: the paper's for this eps)",
     "beta": "weight of the KL divergence",
+    "scope": "global ranks the weights of all layers together, layer each layer's alone",
+    "granularity": "what is pruned: weight, filter, channel, or n:m such as 2:4",
+    "rate": "part of the remaining weights that a round prunes",
+    "rewind_epoch": "epoch of the dense training whose weights each round starts from again",
+    "temperature": "what the logits are divided by",
+    "rounds": "how often weights are scored and pruned",
+    "score_epochs": "passes over the training images that train the scores",
+    "mode": "the paper's algorithm, or the authors' released code",
+    "gamma": "γ, which the implicit term is divided by; inf switches the term off (default: the mode's own)",
+    "score_lr": "peak learning rate of the scores",
+    "score_momentum": "momentum of the scores' SGD",
+    "score_weight_decay": "weight decay of the scores' SGD",
 }
 
 
@@ -124,6 +150,13 @@ def methods() -> dict[str, tuple[type, type]]:
     return METHODS
 
 
+def pruning_methods() -> dict[str, tuple[type, type]]:
+    """As :func:`methods`, those that prune."""
+    from blokern.bilevel import PRUNERS, BiP, BiPSettings
+
+    return {"bip": (BiP, BiPSettings), **PRUNERS}
+
+
 def train_options() -> list[Option]:
     """Those of TrainSettings, in the words of its docstring."""
     from blokern.bilevel.trainer import TrainSettings
@@ -135,11 +168,12 @@ def train_options() -> list[Option]:
     ]
 
 
-def _method_options(method: str) -> list[Option]:
+def settings_options(settings: type, without: Collection[str]) -> list[Option]:
+    """A method's settings, but for some."""
     return [
         Option(name, kind, default, METHOD_HELP[name])
-        for name, kind, default in _fields(methods()[method][1])
-        if name not in ("eps", "clip_min", "clip_max")  # eps is one of train_options
+        for name, kind, default in _fields(settings)
+        if name not in without
     ]
 
 
@@ -156,7 +190,9 @@ def _fields(settings: type) -> list[tuple[str, Any, Any]]:
 
 def run_options(method: str) -> list[Option]:
     """All that makes a run what it is: what settings.yaml keeps."""
-    return [*DATA_OPTIONS, *MODEL_OPTIONS, *train_options(), *_method_options(method)]
+    # eps is one of train_options.
+    own = settings_options(methods()[method][1], without=("eps", "clip_min", "clip_max"))
+    return [*DATA_OPTIONS, *MODEL_OPTIONS, *train_options(), *own]
 
 
 # --- Parsing ------------------------------------------------------------------------------------------------

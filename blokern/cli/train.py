@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,9 @@ from blokern.cli.options import (
 
 if TYPE_CHECKING:
     from blokern.bilevel.trainer import Trainer
+    from blokern.data import Splits
 
-__all__ = ["make_trainer", "train", "train_parser"]
+__all__ = ["load_data", "make_trainer", "train", "train_parser"]
 
 
 def train(argv: list[str]) -> int:
@@ -50,9 +52,10 @@ def train(argv: list[str]) -> int:
         options = parse(parser, ["--config", str(settings), *rest])
     trainer = make_trainer(method, options)
     history = trainer.fit()
-    best = max(history, key=lambda record: (record["val_robust_accuracy"], record["val_accuracy"]))
-    accuracies = f"SA {best['val_accuracy']:.2%}, RA {best['val_robust_accuracy']:.2%}"
-    print(f"best: epoch {best['epoch']}, on validation images {accuracies}")
+    from blokern.bilevel.trainer import accuracies, ranking
+
+    best = max(history, key=ranking)
+    print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
     print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
     return 0
 
@@ -71,11 +74,11 @@ def train_parser(method: str) -> ArgumentParser:
     return parser
 
 
-def make_trainer(method: str, options: Options) -> Trainer:
+def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = ()) -> Trainer:
     """The run that the options describe, ready to fit, its settings.yaml written."""
     import torch
 
-    from blokern import data, models
+    from blokern import models
     from blokern._memory import keep_freed_memory
     from blokern.bilevel.checkpoint import write_atomically
     from blokern.bilevel.trainer import Trainer, TrainSettings
@@ -85,8 +88,32 @@ def make_trainer(method: str, options: Options) -> Trainer:
     rule_type, settings_type = methods()[method]
     settings = TrainSettings(**pick(options, TrainSettings))
     method_settings = settings_type(**pick(options, settings_type))
+    splits, recipe = load_data(options, settings.seed)
+    torch.manual_seed(settings.seed)
+    model = models.build(**recipe["model"]).to(device)
+
+    trainer = Trainer(
+        rule_type(model, settings.optimizer(model), method_settings),
+        splits,
+        settings,
+        options["out"],
+        resume=options["resume"],
+        recipe={"method": {"name": method, **asdict(method_settings)}, **recipe},
+        checkpoint_minutes=options["checkpoint_minutes"],
+        keep_epochs=keep_epochs,
+    )
+    kept = {option.name: options[option.name] for option in run_options(method)}
+    text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
+    write_atomically(trainer.run_dir / SETTINGS, (_header(method) + text).encode())
+    return trainer
+
+
+def load_data(options: Options, seed: int) -> tuple[Splits, Options]:
+    """The data of a run, and what its recipe says about them and the network: "model" and "data"."""
+    from blokern import data, models
+
     data_options = {option.name: options[option.name] for option in DATA_OPTIONS if option.name != "data"}
-    splits = data.load(options["data"], **data_options, seed=settings.seed)
+    splits = data.load(options["data"], **data_options, seed=seed)
     del data_options["data_dir"]  # of this machine, not of the run
 
     network: Options = {
@@ -101,26 +128,7 @@ def make_trainer(method: str, options: Options) -> Trainer:
         if builder is not None and "width" not in inspect.signature(builder).parameters:
             raise ValueError(f"width: {options['model']} has none to set")
         network["width"] = options["width"]
-    torch.manual_seed(settings.seed)
-    model = models.build(**network).to(device)
-
-    trainer = Trainer(
-        rule_type(model, settings.optimizer(model), method_settings),
-        splits,
-        settings,
-        options["out"],
-        resume=options["resume"],
-        recipe={
-            "method": {"name": method, **asdict(method_settings)},
-            "model": network,
-            "data": {"name": options["data"], **data_options},
-        },
-        checkpoint_minutes=options["checkpoint_minutes"],
-    )
-    kept = {option.name: options[option.name] for option in run_options(method)}
-    text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
-    write_atomically(trainer.run_dir / SETTINGS, (_header(method) + text).encode())
-    return trainer
+    return splits, {"model": network, "data": {"name": options["data"], **data_options}}
 
 
 def _header(method: str) -> str:

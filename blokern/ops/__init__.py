@@ -12,6 +12,7 @@ from blokern.ops.attack import (
 from blokern.ops.convolution import masked_conv2d
 from blokern.ops.mask import SparseMask
 from blokern.ops.products import masked_linear, sddmm, spmm
+from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
 from blokern.ops.selection import channel_mask, filter_mask, nm_mask, topk_mask
 from blokern.ops.types import Norm, PerSample, Scope
 
@@ -21,11 +22,14 @@ __all__ = [
     "Scope",
     "SparseMask",
     "apgd_step_",
+    "bip_released_step_",
+    "bip_score_step_",
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
     "masked_conv2d",
     "masked_linear",
+    "masked_sgd_step_",
     "nm_mask",
     "pgd_step",
     "pgd_step_",

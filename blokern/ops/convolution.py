@@ -22,6 +22,8 @@ def masked_conv2d(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    *,
+    dense_grad: bool = False,
 ) -> Tensor:
     """F.conv2d(x, weight ⊙ mask, bias, stride, padding, dilation, groups), for the kept entries only.
 
@@ -30,7 +32,8 @@ def masked_conv2d(
     x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
     keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight
     may hold anything, NaN too, and its gradient is zero. Samples innermost (strides (1, HWN, WN, N)) is the fastest
-    layout, and the result then has it too; else it is contiguous. Raises ValueError or TypeError, naming the argument.
+    layout, and the result then has it too; else it is contiguous. With dense_grad, derivatives are those by
+    w = weight ⊙ mask itself, as in :func:`masked_linear`. Raises ValueError or TypeError, naming the argument.
 
     >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     >>> masked_conv2d(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), 3.0), mask)
@@ -45,7 +48,8 @@ def masked_conv2d(
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
     plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan)
+    dense = [*shape.stride, *shape.before, *shape.dilation] if dense_grad else None
+    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -93,7 +97,7 @@ class Geometry(NamedTuple):
 class Plan(NamedTuple):
     """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
 
-    streams: start, source (the entries' places in the weight) and offset (in the padded planes) of each piece;
+    streams: start, source (the entries' places in the weight) and offset (in a tile of the input) of each piece;
     geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order.
     """
 
@@ -110,24 +114,23 @@ def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
 
 
 def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
-    plane = [
-        max(before + n, (out - 1) * s + d * (k - 1) + 1)
-        for before, n, out, s, d, k in zip(
-            shape.before, shape.size, shape.out, shape.stride, shape.dilation, shape.taps, strict=True
-        )
-    ]
+    reach = [d * (k - 1) for d, k in zip(shape.dilation, shape.taps, strict=True)]
+    height = _tile_height(shape.out[0], reach[0])
+    rows, width = (
+        (n - 1) * s + r + 1 for n, s, r in zip((height, shape.out[1]), shape.stride, reach, strict=True)
+    )
     shifts = _outer(
-        [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], plane[1]
+        [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], width
     )
     start, column, block = mask.stream()
     row, taps, own = _rows(start, shape.rows), len(shifts), shape.channels // shape.groups
     channel = row // (shape.rows // shape.groups) * own + column // taps
-    offset = channel * (plane[0] * plane[1]) + shifts[column % taps]
+    offset = channel * (rows * width) + shifts[column % taps]
     source = row * mask.cols + column
-    _check_offsets(shape.channels, plane)
-    head = [shape.channels, shape.rows, *shape.out, *shape.before, *plane]
-    piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[0] * plane[1], shape.stride[1]]
-    return [start, source.int(), offset.int()], head + piece
+    _check_offsets(shape.channels, rows, width)
+    tiling = [shape.channels, *shape.before, rows, width, height, shape.stride[0]]
+    piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[1]]
+    return [start, source.int(), offset.int()], [shape.rows, *shape.out, *tiling, *piece]
 
 
 def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -135,27 +138,26 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
     phases = [[*_phases(shape, axis)] for axis in (0, 1)]
     reads = [[shift for phase in axis for shift in phase.shifts] for axis in phases]
     before = [max([0, *(-shift for shift in axis)]) for axis in reads]
-    plane = [
-        b + max([out, *(phase.length + shift for phase in axis for shift in phase.shifts)])
-        for axis, b, out in zip(phases, before, shape.out, strict=True)
-    ]
-    _check_offsets(shape.rows, plane)
+    after = [max([0, *axis]) for axis in reads]
+    height = _tile_height(phases[0][0].length, before[0] + after[0])
+    rows, width = (b + n + a for b, n, a in zip(before, (height, phases[1][0].length), after, strict=True))
+    _check_offsets(shape.rows, rows, width)
     own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
-    rows = shape.rows // shape.groups  # of the forward weight, a group
+    filters = shape.rows // shape.groups  # of the forward weight, a group
     # [in, (out of the group, tap)]
     dense = (
         mask.to_dense()
-        .view(shape.groups, rows, own, taps)
+        .view(shape.groups, filters, own, taps)
         .transpose(1, 2)
-        .reshape(shape.channels, rows, taps)
+        .reshape(shape.channels, filters, taps)
     )
     streams: list[Tensor] = []
-    geometry = [shape.rows, shape.channels, *shape.size, *before, *plane]
+    geometry = [shape.channels, *shape.size, shape.rows, *before, rows, width, height, 1]
     for high in phases[0]:
         for wide in phases[1]:
             tap = [h * shape.taps[1] + w for h in high.taps for w in wide.taps]
             shifts = _outer(
-                [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], plane[1]
+                [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], width
             )
             part = torch.zeros_like(dense)
             part[:, :, tap] = dense[:, :, tap]
@@ -165,18 +167,24 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
             place[tap] = shifts
             row = _rows(start, shape.channels)
             group, inner, at = row // own, row % own, column % taps
-            channel = group * rows + column // taps
-            offset = channel * (plane[0] * plane[1]) + place[at]
+            channel = group * filters + column // taps
+            offset = channel * (rows * width) + place[at]
             source = (channel * own + inner) * taps + at
             streams += [start, source.int(), offset.int()]
-            geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, plane[1], 1]
+            geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, 1]
     return streams, geometry
 
 
-def _check_offsets(channels: int, plane: list[int]) -> None:
-    if channels * plane[0] * plane[1] >= 2**31:
+def _tile_height(height: int, reach: int) -> int:
+    """Output rows a tile: its rows of input, `reach` more, are then read at most one and a half times."""
+    return min(height, max(4, 2 * reach))
+
+
+def _check_offsets(channels: int, rows: int, width: int) -> None:
+    if channels * rows * width >= 2**31:
         raise ValueError(
-            f"x is too large: {channels} channels of {plane[0]} · {plane[1]} pixels with their zeros are 2^31 or more"
+            f"x is too large: {channels} channels of {rows} · {width} pixels, the input of a few rows of output, are "
+            "2^31 or more"
         )
 
 
@@ -221,13 +229,10 @@ def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    streams, streams_t, geometry, geometry_t = inputs[-4:]
+    # Last comes dense_grad, or the weight's shape where there is no other gradient to choose.
+    *_, streams, streams_t, geometry, geometry_t, ctx.dense_grad = inputs
     ctx.save_for_backward(*inputs[:2], *streams, *streams_t)
     ctx.split, ctx.geometry = len(streams), (geometry, geometry_t)
-
-
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[:-1], output)
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
@@ -235,30 +240,56 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     return first, second, (streams[: ctx.split], streams[ctx.split :], *ctx.geometry)
 
 
-def _no_grads(plan: tuple[Any, ...]) -> tuple[Any, ...]:
-    return [None] * len(plan[0]), [None] * len(plan[1]), None, None
+def _no_grads(plan: tuple[Any, ...], dense_grad: list[int] | None = None) -> tuple[Any, ...]:
+    # An argument at its default counts as not given.
+    given = () if dense_grad is None else (None,)
+    return [None] * len(plan[0]), [None] * len(plan[1]), None, None, *given
+
+
+def _by_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: tuple[Any, ...], dense_grad: list[int] | None
+) -> Tensor:
+    product: Tensor
+    if dense_grad is None:
+        product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
+        return product
+    stride, before, dilation = dense_grad[:2], dense_grad[2:4], dense_grad[4:]
+    # Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides.
+    more = [
+        max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * b)
+        for out, s, d, k, n, b in zip(
+            grad.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
+        )
+    ]
+    if any(more):
+        x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
+    groups = x.shape[1] // weight.shape[1]
+    how = (None, stride, before, dilation, False, [0, 0], groups, [False, True, False])
+    # torch brings any layout into its own, at no more cost than it would take here.
+    _, product, _ = torch.ops.aten.convolution_backward(grad, x, weight.detach(), *how)
+    return product
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, plan = _saved(ctx)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan) if needs_x else None,
-        torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape) if needs_weight else None,
+        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan, dense) if needs_x else None,
+        _by_weight(grad, x, weight, plan, dense) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
-        *_no_grads(plan),
+        *_no_grads(plan, dense),
     )
 
 
 def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, weight, plan = _saved(ctx)
     needs_grad, needs_weight = ctx.needs_input_grad[:2]
+    dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan) if needs_grad else None,
-        torch.ops.blokern.masked_conv2d_weight(grad, cotangent, *plan, weight.shape)
-        if needs_weight
-        else None,
-        *_no_grads(plan),
+        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan, dense) if needs_grad else None,
+        _by_weight(grad, cotangent, weight, plan, dense) if needs_weight else None,
+        *_no_grads(plan, dense),
     )
 
 
@@ -274,7 +305,7 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
 
 
 def _like(x: Tensor, geometry: list[int]) -> Tensor:
-    sizes = rows, height, width = geometry[1:4]
+    sizes = rows, height, width = geometry[:3]
     samples = x.shape[0]
     if x.stride(0) == 1 and samples > 1:
         return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)
@@ -293,10 +324,10 @@ def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     return x.new_empty(plan[-1])
 
 
-for _name, _fake, _backward_of, _saves in (
-    ("masked_conv2d", _fake_conv2d, _conv2d_backward, _save),
-    ("masked_conv2d_input", _fake_input, _input_backward, _save),
-    ("masked_conv2d_weight", _fake_weight, _weight_backward, _save_weight),
+for _name, _fake, _backward_of in (
+    ("masked_conv2d", _fake_conv2d, _conv2d_backward),
+    ("masked_conv2d_input", _fake_input, _input_backward),
+    ("masked_conv2d_weight", _fake_weight, _weight_backward),
 ):
     torch.library.register_fake(f"blokern::{_name}", _fake)
-    torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_saves)
+    torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_save)

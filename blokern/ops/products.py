@@ -49,18 +49,29 @@ def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
     return out
 
 
-def masked_linear(x: Tensor, weight: Tensor, mask: Tensor | SparseMask, bias: Tensor | None = None) -> Tensor:
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | SparseMask,
+    bias: Tensor | None = None,
+    *,
+    dense_grad: bool = False,
+) -> Tensor:
     """F.linear(x, weight ⊙ mask, bias), and a gradient of weight that is zero where the mask is 0.
 
-    x: [..., in]; weight: [out, in]; mask and errors as in :func:`spmm`; bias: [out].
+    x: [..., in]; weight: [out, in]; mask and errors as in :func:`spmm`; bias: [out]. With dense_grad, derivatives of
+    any order are those by w = weight ⊙ mask itself, as if the mask were not ("straight-through"): weight's gradient
+    is the dense product, also where the mask is 0.
 
     >>> masked_linear(torch.ones(1, 2), torch.eye(2), torch.tensor([[True, False], [False, False]]))
     tensor([[1., 0.]])
     """
     if x.dim() == 0:
         raise ValueError("x must have a dimension of features, [..., in], got a scalar tensor")
-    samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = spmm(weight, mask, samples.t(), bias).t()
+    mask = as_mask(mask)
+    check_mask(mask, weight, "weight")
+    samples = x.reshape(x.shape[:-1].numel(), x.shape[-1]).t()
+    y: Tensor = torch.ops.blokern.spmm(weight, samples, bias, *_streams(mask, weight, x), dense_grad).t()
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -74,13 +85,18 @@ def _streams(mask: SparseMask, *factors: Tensor) -> tuple[Any, ...]:
 # ---- Fakes and derivatives. `streams` is (start, column, block) of the mask and of its transpose.
 
 
+def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, x, _, *streams, ctx.dense_grad = inputs
+    _save(ctx, (weight, x, *streams), output)
+
+
 def _turned(streams: tuple[Any, ...]) -> tuple[Any, ...]:
     return streams[3:] + streams[:3]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *factors, start, column, block, start_t, column_t, block_t = inputs
-    ctx.save_for_backward(*factors[:2], start, column, start_t, column_t)
+    first, second, start, column, block, start_t, column_t, block_t = inputs
+    ctx.save_for_backward(first, second, start, column, start_t, column_t)
     ctx.blocks = block, block_t
 
 
@@ -92,11 +108,15 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, x, streams = _saved(ctx)
     needs_weight, needs_x, needs_bias = ctx.needs_input_grad[:3]
+    by_weight = None
+    if needs_weight:
+        by_weight = grad @ x.t() if ctx.dense_grad else torch.ops.blokern.sddmm(grad, x, *streams)
+    turned = (*_turned(streams), ctx.dense_grad)
     return (
-        torch.ops.blokern.sddmm(grad, x, *streams) if needs_weight else None,
-        torch.ops.blokern.spmm(weight.t(), grad, None, *_turned(streams)) if needs_x else None,
+        by_weight,
+        torch.ops.blokern.spmm(weight.t(), grad, None, *turned) if needs_x else None,
         grad.sum(1) if needs_bias else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
@@ -123,5 +143,5 @@ def _fake_sddmm(a: Tensor, b: Tensor, *_: object) -> Tensor:
 
 torch.library.register_fake("blokern::spmm", _fake_spmm)
 torch.library.register_fake("blokern::sddmm", _fake_sddmm)
-torch.library.register_autograd("blokern::spmm", _spmm_backward, setup_context=_save)
+torch.library.register_autograd("blokern::spmm", _spmm_backward, setup_context=_save_spmm)
 torch.library.register_autograd("blokern::sddmm", _sddmm_backward, setup_context=_save)

@@ -15,9 +15,12 @@ from blokern.ops.types import Norm, PerSample, Scope
 
 __all__ = [
     "apgd_step_",
+    "bip_released_step_",
+    "bip_score_step_",
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
+    "masked_sgd_step_",
     "nm_mask",
     "pgd_step",
     "pgd_step_",
@@ -162,6 +165,64 @@ def filter_mask(scores: Tensor, density: float) -> Tensor:
 
 def channel_mask(scores: Tensor, density: float) -> Tensor:
     return filter_mask(scores.transpose(0, 1), density).transpose(0, 1)
+
+
+def bip_score_step_(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    lr: float,
+    gamma: float = 1.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    momentum_buffers: Sequence[Tensor] | None = None,
+) -> None:
+    gradients = [(w - m * g / gamma) * g for w, g, m in zip(weights, grads, masks, strict=True)]
+    _sgd_step_(scores, gradients, lr, momentum, weight_decay, momentum_buffers)
+
+
+def bip_released_step_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    lr: float,
+    gamma: float = 1e4,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    momentum_buffers: Sequence[Tensor] | None = None,
+) -> None:
+    gradients = [w.abs() * g - (w * g).square() / gamma for w, g in zip(weights, grads, strict=True)]
+    _sgd_step_(weights, gradients, lr, momentum, weight_decay, momentum_buffers)
+
+
+def masked_sgd_step_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    momentum_buffers: Sequence[Tensor] | None = None,
+) -> None:
+    gradients = [torch.where(m, g, 0.0) for g, m in zip(grads, masks, strict=True)]
+    _sgd_step_(weights, gradients, lr, momentum, weight_decay, momentum_buffers)
+
+
+def _sgd_step_(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    momentum_buffers: Sequence[Tensor] | None,
+) -> None:
+    buffers = momentum_buffers or [torch.zeros_like(value) for value in values]
+    for value, grad, buffer in zip(values, grads, buffers, strict=True):
+        buffer.copy_(momentum * buffer + grad + weight_decay * value)
+        value.sub_(lr * buffer)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

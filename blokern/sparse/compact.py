@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from blokern.ops.mask import SparseMask
 from blokern.sparse import layout
-from blokern.sparse.modules import MaskedConv2d, MaskedLinear, drop_mask, owners_of
+from blokern.sparse.modules import MaskedConv2d, MaskedLinear, drop_mask, parameter_owners
 
 __all__ = ["compact"]
 
@@ -193,7 +193,7 @@ class _Graph:
         self.layers: list[_Layer] = []
         self._same: list[int] = []  # each id's parent, in the forest of ids that are the same
         self._pinned: list[Tensor] = []
-        self._owners = owners_of(model)
+        self._owners = parameter_owners(model)
         tracer = _Tracer()
         if tracer.is_leaf_module(model, ""):
             return

@@ -60,9 +60,9 @@ class SamplesInnermostBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not is_samples_innermost(input):
             return super().forward(input)
-        planes = input.permute(1, 2, 3, 0)
-        image = planes.flatten(1, 2).unsqueeze(0)  # [1, C, H·W, N]
-        return super().forward(image).view(planes.shape).permute(3, 0, 1, 2)
+        image = input.permute(1, 2, 3, 0).flatten(1, 2).unsqueeze(0)  # [1, C, H·W, N]
+        out: Tensor = super().forward(image)
+        return out.view(*input.shape[1:], input.shape[0]).permute(3, 0, 1, 2)
 
 
 class _Pool(nn.Module):

@@ -13,7 +13,15 @@ from blokern import ops
 from blokern.ops.mask import SparseMask, as_mask, check_mask
 from blokern.sparse.layout import drop_layout
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "drop_mask", "masks_of", "owners_of", "sparsify", "to_dense"]
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLinear",
+    "drop_mask",
+    "masks_of",
+    "parameter_owners",
+    "sparsify",
+    "to_dense",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -21,6 +29,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 class _Masked(nn.Module):
     """What masked layers share: the mask, whose bits are a buffer and so part of the state_dict."""
 
+    #: Whether weight's gradient is that by weight ⊙ mask everywhere, not only where the mask is 1.
+    dense_grad: bool = False
     weight: Tensor
     mask_words: Tensor
     _mask: SparseMask
@@ -54,7 +64,7 @@ class MaskedLinear(_Masked, nn.Linear):
         self._take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.masked_linear(input, self.weight, self.mask, self.bias)
+        return ops.masked_linear(input, self.weight, self.mask, self.bias, dense_grad=self.dense_grad)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -72,7 +82,11 @@ class MaskedConv2d(_Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
-        return ops.masked_conv2d(input, self.weight, self.mask, self.bias, *how)  # type: ignore[arg-type]
+        return ops.masked_conv2d(
+            *(input, self.weight, self.mask, self.bias),
+            *how,  # type: ignore[arg-type]
+            dense_grad=self.dense_grad,
+        )
 
 
 _MASKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
@@ -91,7 +105,8 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
     >>> model[0].mask.shape
     torch.Size([4, 8])
     """
-    modules, owners = dict(model.named_modules()), owners_of(model)
+    modules = dict(model.named_modules())
+    owners = parameter_owners(model)
     planned: list[tuple[nn.Module, SparseMask]] = []
     for name, given in masks.items():
         path, _, leaf = name.rpartition(".")
@@ -114,6 +129,19 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
         assert isinstance(module, _Masked)
         module._take(mask)
     return model
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter, by its id; more than one for a tied weight.
+
+    >>> list(parameter_owners(nn.Sequential(nn.Linear(8, 4, bias=False))).values())
+    [['0']]
+    """
+    owners: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner)
+    return owners
 
 
 def masks_of(model: nn.Module) -> dict[str, SparseMask]:
@@ -141,20 +169,12 @@ def to_dense(model: ModelT) -> ModelT:
     return model
 
 
-def owners_of(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that own each parameter, by its id."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
-
-
 def drop_mask(module: Any) -> None:
     """Make a masked layer a dense one, with zeros for its masked weights."""
     with torch.no_grad():
         module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
     del module.mask_words, module._mask
+    module.__dict__.pop("dense_grad", None)
     module.__class__ = _DENSE[type(module)]
 
 

@@ -1,22 +1,19 @@
-// Convolutions with a masked weight, without im2col. At one output position, the input that an entry of the
-// weight multiplies lies at a fixed offset from that position's origin in zero-padded planes: a convolution
-// is a sparse product whose stream holds such offsets for columns. Its gradients are products of the same
-// kind.
+// Convolutions with a masked weight [rows, ...], a matrix whose kept entries each stand for one channel and
+// tap.
+//
+// Samples lie in the vector lanes. Some output rows at a time, the input rows they need are packed as a tile,
+// [channels][rows][width][lanes] with zeros around, in which an entry's input lies at one fixed offset from
+// every output position: a convolution is then the walk of a linear layer, once for each position.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "sparse/spmm.h"
 
 namespace blokern {
 
-// The input of a batch's panel: [channels][height][width][lanes], zero-padded.
-struct Planes {
-  int64_t channels, height, width;
-  int64_t size() const { return channels * height * width; }
-};
-
-// A batch of images [samples, channels, height, width]; elements of an image's plane are `pixel` apart.
+// A batch [samples, channels, height, width]; elements of an image's plane are `pixel` apart.
 template <class T>
 struct Images {
   T* data;
@@ -24,37 +21,59 @@ struct Images {
   int64_t height, width;
 };
 
-// Where outputs come from and go to: output position (h, w) starts at h · step_h + w · step_w in a plane, and
-// is stored in row r at r · row + h · out_h + w · out_w, samples innermost.
-template <class T>
-struct Placement {
-  int64_t height, width;
-  int64_t step_h, step_w;
-  T* out;
-  int64_t row, out_h, out_w;
+// How an input is cut into tiles.
+struct Tiling {
+  int64_t channels;
+  int64_t top, left;    // zeros before each plane
+  int64_t rows, width;  // of a tile's planes
+  int64_t height;       // output rows that a tile serves
+  int64_t row_step;     // plane rows from one output row to the next
+
+  int64_t plane() const { return rows * width; }
 };
 
-// Channels [begin, end) of x into the panels of a batch, panel after panel, `top` and `left` zeros before
-// each plane.
-template <class T>
-void pack_planes(const Images<const T>& x, const Planes& planes, int64_t top, int64_t left, int64_t samples,
-                 Accum<T>* panels, int64_t begin, int64_t end);
+// The part of a batch that one tile serves: samples [first, first + count) in `lanes` lanes, output rows [h,
+// h + height).
+struct Part {
+  int64_t first, count, lanes, h, height;
+};
 
-// Output rows h [begin, end) of the batch's panels, counted panel after panel. stream.column: offsets in the
-// planes.
-template <class T>
-void convolve(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, int64_t planes_size,
-              const T* bias, const Placement<T>& place, int64_t samples, int64_t begin, int64_t end);
-
-// values[i] ← the derivative by the i-th entry's weight, for rows [begin, end): inner products of the
-// output's gradient, packed as planes [rows][height][width], with the input at the entry's offset.
+// How many tiles a batch has, panel after panel, and the part of one of them; for an output of `height` rows.
 template <class A>
-void convolve_weight(const Stream& stream, const A* grad_panels, const A* panels, int64_t planes_size,
-                     int64_t height, int64_t width, int64_t step_h, int64_t step_w, A* values,
-                     int64_t samples, int64_t begin, int64_t end);
+int64_t count_tiles(const Tiling& tiling, int64_t height, int64_t samples);
+template <class A>
+Part part_of(const Tiling& tiling, int64_t height, int64_t samples, int64_t tile);
 
-// Rows [begin, end) of `to` [rows, cols] ← from [rows, cols], of any two layouts.
+// The most lanes a part has.
+template <class A>
+constexpr int64_t kConvLanes = 128 / sizeof(A);
+
+// Channels [begin, end) of a part's input.
 template <class T>
-void copy_matrix(const Matrix<const T>& from, const Matrix<T>& to, int64_t cols, int64_t begin, int64_t end);
+void pack_tile(const Images<const T>& x, const Tiling& tiling, const Part& part, Accum<T>* tile,
+               int64_t begin, int64_t end);
+
+// Output positions (h, w) that share a stream, whose columns are offsets in the tile.
+template <class T>
+struct Piece {
+  Stream stream;
+  const Accum<T>* values;
+  int64_t height, width;
+  int64_t step;                // tile pixels from one position to the next
+  int64_t first, row, column;  // position (h, w) is pixel first + h · row + w · column of the output
+};
+
+// Tiles [begin, end) of the output y, whose first piece is the highest.
+template <class T>
+void convolve(const Images<const T>& x, const Tiling& tiling, std::span<const Piece<T>> pieces, const T* bias,
+              const Images<T>& y, int64_t samples, int64_t begin, int64_t end);
+
+// The derivative by the weight in one part, for rows [begin, end): values[i] ← or, with `add`, + the inner
+// product of the output's gradient, packed as grad [rows][grad_tiling's plane][lanes], with the i-th entry's
+// input.
+template <class A>
+void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_tiling, const A* tile,
+                     const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,
+                     int64_t end);
 
 }  // namespace blokern

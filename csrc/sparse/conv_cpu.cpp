@@ -8,160 +8,179 @@
 namespace blokern {
 namespace {
 
-// Output positions a walk takes at a time: with a wide panel's lanes, sums fill half of AVX-512's registers.
-constexpr int kPositions = kVectorBytes == 64 ? 4 : 1;
+// Lanes of the last part where few samples are left.
+template <class A>
+constexpr int64_t kFewLanes = Vector<A>::size > 64 / sizeof(A) ? Vector<A>::size : 64 / sizeof(A);
 
-// Output rows a tile holds: it, a block of the planes and the stream then share the second-level cache.
-constexpr int64_t kTileRows = 128;
+// Output positions a walk takes at a time: eight vectors of sums hide a multiply-add's latency.
+template <int kVectors>
+constexpr int kPositions = std::max(1, 8 / kVectors);
 
-// Output positions w and on, kCount of them, of one panel.
-template <class T, int kVectors, int kCount>
-void convolve_at(const Stream& stream, const Accum<T>* values, const Accum<T>* origin, const T* bias,
-                 const Placement<T>& place, T* out, int64_t count, Accum<T>* tile) {
+// A strip of output positions and of output channels whose sums, with a block of the tile and the stream,
+// stay in the second-level cache.
+constexpr int64_t kStrip = 32, kStripRows = 64;
+
+// body<kVectors>() for a part's lanes.
+template <class A, class Body>
+void with_vectors(const Part& part, Body&& body) {
+  if (part.lanes == kConvLanes<A>)
+    body.template operator()<kConvLanes<A> / Vector<A>::size>();
+  else
+    body.template operator()<kFewLanes<A> / Vector<A>::size>();
+}
+
+// sums [rows][row's stride `strip`][lanes] ← output positions [w, w_end) of one row, from `origin` on.
+template <class T, int kVectors>
+void convolve_row(const Piece<T>& piece, const Accum<T>* origin, const T* bias, int64_t w, int64_t w_end,
+                  Accum<T>* sums, int64_t strip, int64_t begin, int64_t end) {
   using A = Accum<T>;
   constexpr int64_t lanes = kVectors * Vector<A>::size;
-  for (int64_t first = 0; first < stream.rows; first += kTileRows) {
-    const int64_t last = std::min(first + kTileRows, stream.rows);
-    multiply<A, T, kVectors, kCount>(stream, values, origin, place.step_w * lanes, bias, tile, first, last);
-    for (int64_t r = first; r < last; ++r) {
-      for (int p = 0; p < kCount; ++p) {
-        const A* const sums = tile + ((r - first) * kCount + p) * lanes;
-        T* const to = out + r * place.row + p * place.out_w;
-        if (count == lanes) {
-          for (int v = 0; v < kVectors; ++v)
-            store_vector(to + v * Vector<A>::size, load_vector(sums + v * Vector<A>::size));
-        } else {
-          for (int64_t s = 0; s < count; ++s) to[s] = static_cast<T>(sums[s]);
-        }
-      }
-    }
+  constexpr int count = kPositions<kVectors>;
+  const int64_t step = piece.step * lanes, first = w;
+  const auto at = [&]<int kCount>(int64_t position) {
+    multiply<A, T, kVectors, kCount>(piece.stream, piece.values, origin + position * step, step, bias,
+                                     sums + (position - first) * lanes, strip * lanes, begin, end);
+  };
+  if (w_end - w < count) {
+    for (; w < w_end; ++w) at.template operator()<1>(w);
+  } else {
+    for (; w + count <= w_end; w += count) at.template operator()<count>(w);
+    if (w < w_end) at.template operator()<count>(w_end - count);  // some of them a second time
   }
 }
 
 template <class T, int kVectors>
-void convolve_row(const Stream& stream, const Accum<T>* values, const Accum<T>* panel, const T* bias,
-                  const Placement<T>& place, int64_t h, int64_t first, int64_t count, Accum<T>* tile) {
-  constexpr int64_t lanes = kVectors * Vector<Accum<T>>::size;
-  const Accum<T>* const origin = panel + h * place.step_h * lanes;
-  T* const out = place.out + h * place.out_h + first;
-  int64_t w = 0;
-  for (; w + kPositions <= place.width; w += kPositions)
-    convolve_at<T, kVectors, kPositions>(stream, values, origin + w * place.step_w * lanes, bias, place,
-                                         out + w * place.out_w, count, tile);
-  for (; w < place.width; ++w)
-    convolve_at<T, kVectors, 1>(stream, values, origin + w * place.step_w * lanes, bias, place,
-                                out + w * place.out_w, count, tile);
-}
-
-}  // namespace
-
-template <class T>
-void pack_planes(const Images<const T>& x, const Planes& planes, int64_t top, int64_t left, int64_t samples,
-                 Accum<T>* panels, int64_t begin, int64_t end) {
+void convolve_part(const Piece<T>& piece, const Tiling& tiling, const Part& part, const Accum<T>* tile,
+                   const T* bias, const Images<T>& y, Accum<T>* sums) {
   using A = Accum<T>;
-  const int64_t pixels = x.height * x.width;
-  for_each_panel<A>(samples, [&](int64_t first, int64_t lanes) {
-    const int64_t count = std::min(lanes, samples - first);
-    const bool padded = planes.height != x.height || planes.width != x.width;
-    A* const unpadded = padded ? scratch<A>(pixels * lanes) : nullptr;
-    for (int64_t c = begin; c < end; ++c) {
-      A* const plane = panels + planes.size() * first + c * planes.height * planes.width * lanes;
-      A* const to = padded ? unpadded : plane;
-      copy_in<A, T>({x.data + first * x.sample + c * x.channel, x.pixel, x.sample}, to, lanes, pixels, count);
-      for (int64_t i = 0; count < lanes && i < pixels; ++i)
-        std::fill(to + i * lanes + count, to + (i + 1) * lanes, A(0));
-      if (!padded) continue;
-      for (int64_t h = 0; h < planes.height; ++h) {
-        A* const row = plane + h * planes.width * lanes;
-        A* const row_end = row + planes.width * lanes;
-        if (h < top || h >= top + x.height) {
-          std::fill(row, row_end, A(0));
-          continue;
-        }
-        const A* const from = unpadded + (h - top) * x.width * lanes;
-        std::fill(row, row + left * lanes, A(0));
-        A* const after = std::copy(from, from + x.width * lanes, row + left * lanes);
-        std::fill(after, row_end, A(0));
-      }
-    }
-  });
-}
-
-template <class T>
-void convolve(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, int64_t planes_size,
-              const T* bias, const Placement<T>& place, int64_t samples, int64_t begin, int64_t end) {
-  using A = Accum<T>;
-  A* const tile = scratch<A>(kTileRows * kPositions * kWideLanes<A>);
-  int64_t row = 0;
-  for_each_panel<A>(samples, [&](int64_t first, int64_t lanes) {
-    const int64_t count = std::min(lanes, samples - first);
-    for (int64_t h = 0; h < place.height; ++h, ++row) {
-      if (row < begin || row >= end) continue;
-      const A* const panel = panels + planes_size * first;
-      if (lanes == kWideLanes<A>)
-        convolve_row<T, kWideLanes<A> / Vector<A>::size>(stream, values, panel, bias, place, h, first, count,
-                                                         tile);
-      else
-        convolve_row<T, kNarrowLanes<A> / Vector<A>::size>(stream, values, panel, bias, place, h, first,
-                                                           count, tile);
-    }
-  });
-}
-
-template <class A>
-void convolve_weight(const Stream& stream, const A* grad_panels, const A* panels, int64_t planes_size,
-                     int64_t height, int64_t width, int64_t step_h, int64_t step_w, A* values,
-                     int64_t samples, int64_t begin, int64_t end) {
-  const int64_t grad_row = height * width;
-  for_each_panel<A>(samples, [&](int64_t first, int64_t lanes) {
-    for (int64_t h = 0; h < height; ++h) {
-      const A* const grad = grad_panels + (stream.rows * grad_row * first) + h * width * lanes;
-      const A* const x = panels + planes_size * first + h * step_h * lanes;
-      const bool add = first > 0 || h > 0;
-      if (lanes == kWideLanes<A>)
-        inner_products<A, kWideLanes<A> / Vector<A>::size>(stream, grad, grad_row * lanes, lanes, x,
-                                                           step_w * lanes, width, values, add, begin, end);
-      else
-        inner_products<A, kNarrowLanes<A> / Vector<A>::size>(stream, grad, grad_row * lanes, lanes, x,
-                                                             step_w * lanes, width, values, add, begin, end);
-    }
-  });
-}
-
-template <class T>
-void copy_matrix(const Matrix<const T>& from, const Matrix<T>& to, int64_t cols, int64_t begin, int64_t end) {
-  // A transpose in blocks that stay in the first-level cache.
-  constexpr int64_t kBlock = 64;
-  for (int64_t r = begin; r < end; r += kBlock) {
-    const int64_t rows = std::min(kBlock, end - r);
-    for (int64_t c = 0; c < cols; c += kBlock) {
-      const Matrix<T> part{to.at(r, c), to.row_stride, to.col_stride};
-      const int64_t count = std::min(kBlock, cols - c);
-      if (from.col_stride == 1 && to.row_stride == 1) {
-        copy_transposed<T, T, Accum<T>>(from.at(r, c), from.row_stride, part.data, to.col_stride, count,
-                                        rows);
-      } else {
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < count; ++j) *part.at(i, j) = *from.at(r + i, c + j);
+  constexpr int64_t lanes = kVectors * Vector<A>::size;
+  const int64_t h_end = std::min(part.h + part.height, piece.height), width = std::min(piece.width, kStrip);
+  const int64_t height = kStrip / width;  // output rows a strip
+  for (int64_t r = 0; r < piece.stream.rows; r += kStripRows) {
+    const int64_t r_end = std::min(r + kStripRows, piece.stream.rows);
+    for (int64_t h = part.h; h < h_end; h += height) {
+      const int64_t rows = std::min(height, h_end - h);
+      for (int64_t w = 0; w < piece.width; w += width) {
+        const int64_t w_end = std::min(w + width, piece.width), strip = rows * (w_end - w);
+        for (int64_t i = 0; i < rows; ++i)
+          convolve_row<T, kVectors>(piece, tile + (h + i - part.h) * tiling.row_step * tiling.width * lanes,
+                                    bias, w, w_end, sums + i * (w_end - w) * lanes, strip, r, r_end);
+        const bool flat = piece.row == (w_end - w) * piece.column;
+        for (int64_t k = r; k < r_end; ++k) {
+          const A* from = sums + (k - r) * strip * lanes;
+          for (int64_t i = 0; i < rows; i += flat ? rows : 1) {
+            const int64_t count = flat ? strip : w_end - w,
+                          pixel = piece.first + (h + i) * piece.row + w * piece.column;
+            const Matrix<T> to{y.data + part.first * y.sample + k * y.channel + pixel * y.pixel,
+                               piece.column * y.pixel, y.sample};
+            copy_out<A, T>(from, lanes, to, count, part.count);
+            from += count * lanes;
+          }
         }
       }
     }
   }
 }
 
-#define INSTANTIATE(T)                                                                                      \
-  template void pack_planes<T>(const Images<const T>&, const Planes&, int64_t, int64_t, int64_t, Accum<T>*, \
-                               int64_t, int64_t);                                                           \
-  template void convolve<T>(const Stream&, const Accum<T>*, const Accum<T>*, int64_t, const T*,             \
-                            const Placement<T>&, int64_t, int64_t, int64_t);                                \
-  template void copy_matrix<T>(const Matrix<const T>&, const Matrix<T>&, int64_t, int64_t, int64_t);
+}  // namespace
+
+template <class A>
+int64_t count_tiles(const Tiling& tiling, int64_t height, int64_t samples) {
+  const int64_t panels = (samples + kConvLanes<A> - 1) / kConvLanes<A>;
+  return panels * ((height + tiling.height - 1) / tiling.height);
+}
+
+template <class A>
+Part part_of(const Tiling& tiling, int64_t height, int64_t samples, int64_t tile) {
+  const int64_t tiles = (height + tiling.height - 1) / tiling.height;
+  const int64_t first = tile / tiles * kConvLanes<A>, h = tile % tiles * tiling.height;
+  const int64_t left = samples - first;
+  const int64_t lanes = left > kFewLanes<A> ? kConvLanes<A> : kFewLanes<A>;
+  return {first, std::min(lanes, left), lanes, h, std::min(tiling.height, height - h)};
+}
+
+template <class T>
+void pack_tile(const Images<const T>& x, const Tiling& tiling, const Part& part, Accum<T>* tile,
+               int64_t begin, int64_t end) {
+  using A = Accum<T>;
+  // The tile's rows lie `above` rows below the image's first; those from `from` to `to` are the image's.
+  const int64_t above = part.h * tiling.row_step - tiling.top;
+  const int64_t from = std::clamp<int64_t>(-above, 0, tiling.rows);
+  const int64_t to = std::clamp<int64_t>(x.height - above, from, tiling.rows);
+  const int64_t lanes = part.lanes, left = tiling.left * lanes, line = tiling.width * lanes;
+  const int64_t width = std::min(x.width, tiling.width - tiling.left);
+  // Transposes want pixels in long rows: all at once, then into place.
+  const bool in_place = x.sample == 1;
+  A* const pixels = in_place ? nullptr : scratch<A>((to - from) * x.width * lanes);
+  for (int64_t c = begin; c < end; ++c) {
+    A* const plane = tile + c * tiling.plane() * lanes;
+    const T* const image =
+        x.data + part.first * x.sample + c * x.channel + (above + from) * x.width * x.pixel;
+    if (!in_place)
+      copy_in<A, T>({image, x.pixel, x.sample}, pixels, lanes, (to - from) * x.width, part.count);
+    std::fill(plane, plane + from * line, A(0));
+    for (int64_t h = from; h < to; ++h) {
+      A* const row = plane + h * line;
+      std::fill(row, row + left, A(0));
+      if (in_place)
+        copy_in<A, T>({image + (h - from) * x.width * x.pixel, x.pixel, 1}, row + left, lanes, width,
+                      part.count);
+      else
+        std::copy_n(pixels + (h - from) * x.width * lanes, width * lanes, row + left);
+      std::fill(row + left + width * lanes, row + line, A(0));
+    }
+    std::fill(plane + to * line, plane + tiling.rows * line, A(0));
+    if (part.count == lanes) continue;
+    for (int64_t i = 0; i < tiling.plane(); ++i)
+      std::fill(plane + i * lanes + part.count, plane + (i + 1) * lanes, A(0));
+  }
+}
+
+template <class T>
+void convolve(const Images<const T>& x, const Tiling& tiling, std::span<const Piece<T>> pieces, const T* bias,
+              const Images<T>& y, int64_t samples, int64_t begin, int64_t end) {
+  using A = Accum<T>;
+  A* const tile = scratch<A, kTile>(tiling.channels * tiling.plane() * kConvLanes<A>);
+  A* const sums = scratch<A, kSums>(kStripRows * kStrip * kConvLanes<A>);
+  for (int64_t i = begin; i < end; ++i) {
+    const Part part = part_of<A>(tiling, pieces[0].height, samples, i);
+    pack_tile<T>(x, tiling, part, tile, 0, tiling.channels);
+    for (const Piece<T>& piece : pieces) {
+      with_vectors<A>(part, [&]<int kVectors>() {
+        convolve_part<T, kVectors>(piece, tiling, part, tile, bias, y, sums);
+      });
+    }
+  }
+}
+
+template <class A>
+void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_tiling, const A* tile,
+                     const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,
+                     int64_t end) {
+  const Places places{part.height, grad_tiling.width, tiling.row_step * tiling.width * part.lanes,
+                      step * part.lanes};
+  with_vectors<A>(part, [&]<int kVectors>() {
+    inner_products<A, kVectors>(stream, grad, grad_tiling.plane() * part.lanes, tile, places, values, add,
+                                begin, end);
+  });
+}
+
+#define INSTANTIATE(T)                                                                                  \
+  template void pack_tile<T>(const Images<const T>&, const Tiling&, const Part&, Accum<T>*, int64_t,    \
+                             int64_t);                                                                  \
+  template void convolve<T>(const Images<const T>&, const Tiling&, std::span<const Piece<T>>, const T*, \
+                            const Images<T>&, int64_t, int64_t, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
 #undef INSTANTIATE
-template void convolve_weight<double>(const Stream&, const double*, const double*, int64_t, int64_t, int64_t,
-                                      int64_t, int64_t, double*, int64_t, int64_t, int64_t);
-template void convolve_weight<float>(const Stream&, const float*, const float*, int64_t, int64_t, int64_t,
-                                     int64_t, int64_t, float*, int64_t, int64_t, int64_t);
+#define INSTANTIATE(A)                                                                                       \
+  template int64_t count_tiles<A>(const Tiling&, int64_t, int64_t);                                          \
+  template Part part_of<A>(const Tiling&, int64_t, int64_t, int64_t);                                        \
+  template void convolve_weight<A>(const Stream&, const A*, const Tiling&, const A*, const Tiling&, int64_t, \
+                                   const Part&, A*, bool, int64_t, int64_t);
+INSTANTIATE(double)
+INSTANTIATE(float)
+#undef INSTANTIATE
 
 }  // namespace blokern

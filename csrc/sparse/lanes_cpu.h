@@ -9,6 +9,9 @@
 
 namespace blokern {
 
+// Slots of a thread's scratch memory.
+constexpr int kFactor = 1, kOtherFactor = 2, kValues = 3, kTile = 4, kSums = 5;
+
 // A matrix in memory of any layout.
 template <class T>
 struct Matrix {
@@ -99,6 +102,14 @@ void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_s
   }
 }
 
+template <class A, class From, class To>
+BLOKERN_INLINE void copy_row(const From* from, To* to, int64_t cols) {
+  constexpr int n = Vector<A>::size;
+  int64_t c = 0;
+  for (; c + n <= cols; c += n) store_vector(to + c, load_vector(from + c));
+  for (; c < cols; ++c) to[c] = static_cast<To>(static_cast<A>(from[c]));
+}
+
 // to [rows, cols], cols innermost, from a matrix of any layout, and the other way round.
 template <class A, class T>
 void copy_in(const Matrix<const T>& from, A* to, int64_t to_stride, int64_t rows, int64_t cols) {
@@ -108,7 +119,7 @@ void copy_in(const Matrix<const T>& from, A* to, int64_t to_stride, int64_t rows
     const T* const row = from.at(r, 0);
     A* const out = to + r * to_stride;
     if (from.col_stride == 1)
-      for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<A>(row[c]);
+      copy_row<A>(row, out, cols);
     else
       for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<A>(row[c * from.col_stride]);
   }
@@ -122,7 +133,7 @@ void copy_out(const A* from, int64_t from_stride, const Matrix<T>& to, int64_t r
     const A* const row = from + r * from_stride;
     T* const out = to.at(r, 0);
     if (to.col_stride == 1)
-      for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<T>(row[c]);
+      copy_row<A>(row, out, cols);
     else
       for (int64_t c = 0; c < cols; ++c) out[c * to.col_stride] = static_cast<T>(row[c]);
   }

@@ -15,35 +15,28 @@ namespace {
 
 // What blokern/ops/convolution.py says of a convolution, or of its gradient by the input, which is one too.
 struct Geometry {
-  int64_t channels;                   // of the input
-  int64_t rows, height, width;        // of the output
-  int64_t top, left;                  // zeros before each plane
-  int64_t plane_height, plane_width;  // with zeros
-  c10::ArrayRef<int64_t> rest;        // kPiece numbers for each piece of the output
+  int64_t rows, height, width;  // of the output
+  Tiling tiling;                // of the input
+  c10::ArrayRef<int64_t> rest;  // kPiece numbers for each piece of the output
 
   // The output positions with a stream of their own: all, or those with equal remainders by the stride.
-  struct Piece {
-    int64_t block, origin_h, origin_w, stride_h, stride_w, height, width, step_h, step_w;
+  struct Positions {
+    int64_t block, origin_h, origin_w, stride_h, stride_w, height, width, step;
   };
-  static constexpr int64_t kHead = 8, kPiece = 9;
+  static constexpr int64_t kHead = 10, kPiece = 8;
 
   explicit Geometry(c10::ArrayRef<int64_t> g)
-      : channels(g[0]),
-        rows(g[1]),
-        height(g[2]),
-        width(g[3]),
-        top(g[4]),
-        left(g[5]),
-        plane_height(g[6]),
-        plane_width(g[7]),
+      : rows(g[0]),
+        height(g[1]),
+        width(g[2]),
+        tiling{g[3], g[4], g[5], g[6], g[7], g[8], g[9]},
         rest(g.slice(kHead)) {}
 
   size_t pieces() const { return rest.size() / kPiece; }
-  Piece piece(size_t i) const {
+  Positions piece(size_t i) const {
     const int64_t* const p = rest.data() + kPiece * i;
-    return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]};
+    return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
   }
-  Planes planes() const { return {channels, plane_height, plane_width}; }
 };
 
 void check_images(const Tensor& x, const char* name, int64_t channels) {
@@ -52,38 +45,29 @@ void check_images(const Tensor& x, const char* name, int64_t channels) {
                     x.sizes());
 }
 
+constexpr int64_t kPackedBytes = 8 << 20;
+
 bool is_batch_innermost(const Tensor& x) { return x.stride(0) == 1 && x.size(0) > 1; }
 
-// Planes whose rows follow one another, in whatever order the other dimensions lie.
-Tensor with_flat_planes(const Tensor& x) {
-  return x.size(2) == 1 || x.stride(2) == x.size(3) * x.stride(3) ? x : x.contiguous();
+// A layout in which the rows of a plane follow one another, and samples or pixels are innermost.
+Tensor tileable(const Tensor& x) {
+  const bool flat = x.size(2) == 1 || x.stride(2) == x.size(3) * x.stride(3);
+  return flat && (is_batch_innermost(x) || x.stride(3) == 1) ? x : x.contiguous();
 }
 
-template <class T, int kSlot>
-const Accum<T>* packed_planes(const Tensor& images, const Planes& planes, int64_t top, int64_t left) {
-  using A = Accum<T>;
-  const Tensor x = with_flat_planes(images);
-  const int64_t samples = x.size(0);
-  A* const panels = scratch<A, kSlot>(planes.size() * padded<A>(samples));
-  const Images<const T> from{x.const_data_ptr<T>(), x.stride(0), x.stride(1),
-                             x.stride(3),           x.size(2),   x.size(3)};
-  at::parallel_for(
-      0, planes.channels, grain(planes.height * planes.width * samples),
-      [&](int64_t b, int64_t e) { pack_planes<T>(from, planes, top, left, samples, panels, b, e); });
-  return panels;
+template <class T>
+Images<const T> images(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(3), x.size(2), x.size(3)};
 }
 
 // Values in the stream's order; `source` is the entries' places in the weight.
 template <class T>
-const Accum<T>* gathered(const Stream& stream, const Tensor& source, const Tensor& weight) {
-  using A = Accum<T>;
-  A* const values = scratch<A, kValues>(source.numel());
+void gather(const Stream& stream, const Tensor& source, const Tensor& weight, Accum<T>* values) {
   Stream places = stream;
   places.column = source.const_data_ptr<int32_t>();
   over_rows(stream, 1, [&](int64_t b, int64_t e) {
     gather_values<T>(places, {weight.const_data_ptr<T>(), 0, 1}, values, b, e);
   });
-  return values;
 }
 
 Stream piece_stream(at::TensorList streams, size_t piece, int64_t rows, int64_t cols, int64_t block) {
@@ -91,48 +75,39 @@ Stream piece_stream(at::TensorList streams, size_t piece, int64_t rows, int64_t 
 }
 
 // streams: start, source and offset of each piece. cols: of the weight as a matrix, for its blocks.
-Tensor correlate(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::TensorList streams,
-                 const Geometry& g, int64_t cols) {
+Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTensor& bias,
+                 at::TensorList streams, const Geometry& g, int64_t cols) {
+  const Tensor x = tileable(images_in);
   const int64_t samples = x.size(0);
   const std::vector<int64_t> sizes{samples, g.rows, g.height, g.width};
-  const int64_t pixel = samples, row = g.height * g.width * samples;
-  // Samples innermost, as the kernels write it.
-  Tensor y = at::empty_strided(sizes, {1, row, g.width * pixel, pixel}, x.options());
-  const bool keep = is_batch_innermost(x);
-  Tensor result = keep ? y : at::empty(sizes, x.options());
-  if (y.numel() == 0) return result;
+  const int64_t row = g.width * samples;
+  Tensor y = is_batch_innermost(x) ? at::empty_strided(sizes, {1, g.height * row, row, samples}, x.options())
+                                   : at::empty(sizes, x.options());
+  if (y.numel() == 0) return y;
   const Tensor dense = weight.contiguous(), offsets = bias.has_value() ? bias->contiguous() : Tensor();
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
-    const A* const panels = packed_planes<T, kFactor>(x, g.planes(), g.top, g.left);
+    std::vector<Piece<T>> pieces;
+    int64_t entries = 0;
+    for (size_t i = 0; i < g.pieces(); ++i) entries += streams[3 * i + 1].numel();
+    A* values = scratch<A, kValues>(entries);
     for (size_t i = 0; i < g.pieces(); ++i) {
-      const Geometry::Piece p = g.piece(i);
+      const Geometry::Positions p = g.piece(i);
       const Stream stream = piece_stream(streams, i, g.rows, cols, p.block);
-      const A* const values = gathered<T>(stream, streams[3 * i + 1], dense);
-      const Placement<T> place{p.height,
-                               p.width,
-                               p.step_h,
-                               p.step_w,
-                               y.mutable_data_ptr<T>() + (p.origin_h * g.width + p.origin_w) * pixel,
-                               row,
-                               p.stride_h * g.width * pixel,
-                               p.stride_w * pixel};
-      int64_t panel_count = 0;
-      for_each_panel<A>(samples, [&](int64_t, int64_t) { ++panel_count; });
-      const int64_t work = 1 + kept_entries(stream) * p.width * samples / panel_count;
-      at::parallel_for(0, panel_count * p.height, grain(work), [&](int64_t b, int64_t e) {
-        convolve<T>(stream, values, panels, g.planes().size(),
-                    offsets.defined() ? offsets.const_data_ptr<T>() : nullptr, place, samples, b, e);
-      });
+      gather<T>(stream, streams[3 * i + 1], dense, values);
+      pieces.push_back({stream, values, p.height, p.width, p.step, p.origin_h * g.width + p.origin_w,
+                        p.stride_h * g.width, p.stride_w});
+      values += kept_entries(stream);
     }
-    if (keep) return;
-    const int64_t features = g.rows * g.height * g.width;
-    const Matrix<const T> from{y.const_data_ptr<T>(), samples, 1};
-    const Matrix<T> to{result.mutable_data_ptr<T>(), 1, features};
-    at::parallel_for(0, features, std::max<int64_t>(64, grain(samples)),
-                     [&](int64_t b, int64_t e) { copy_matrix<T>(from, to, samples, b, e); });
+    const Images<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1), y.stride(3), g.height, g.width};
+    const int64_t tiles = count_tiles<A>(g.tiling, pieces[0].height, samples);
+    const int64_t work = (g.rows + entries) * g.height * g.width * samples / tiles;
+    at::parallel_for(0, tiles, grain(work), [&](int64_t b, int64_t e) {
+      convolve<T>(images<T>(x), g.tiling, pieces, offsets.defined() ? offsets.const_data_ptr<T>() : nullptr,
+                  out, samples, b, e);
+    });
   });
-  return result;
+  return y;
 }
 
 void check_weight(const Tensor& weight, const Tensor& x) {
@@ -141,9 +116,10 @@ void check_weight(const Tensor& weight, const Tensor& x) {
 }
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef) {
+                     at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef,
+                     at::OptionalIntArrayRef /*dense_grad*/) {
   const Geometry g(geometry);
-  check_images(x, "x", g.channels);
+  check_images(x, "x", g.tiling.channels);
   check_weight(weight, x);
   if (bias.has_value()) {
     check_factor(*bias, "bias", x, "x");
@@ -154,9 +130,10 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
 }
 
 Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList streams,
-                           at::IntArrayRef, at::IntArrayRef geometry) {
+                           at::IntArrayRef, at::IntArrayRef geometry,
+                           at::OptionalIntArrayRef /*dense_grad*/) {
   const Geometry g(geometry);
-  check_images(grad, "grad", g.channels);
+  check_images(grad, "grad", g.tiling.channels);
   check_weight(weight, grad);
   return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows);
 }
@@ -164,25 +141,50 @@ Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorL
 Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
                             at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef weight_shape) {
   const Geometry g(geometry);
-  check_images(x, "x", g.channels);
+  check_images(x, "x", g.tiling.channels);
   check_images(grad, "grad", g.rows);
   check_factor(grad, "grad", x, "x");
   Tensor product = at::empty(weight_shape, x.options()).zero_();
   if (x.size(0) == 0) return product;
-  const Geometry::Piece p = g.piece(0);
+  const Geometry::Positions p = g.piece(0);
   const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
+  const Tensor inputs = tileable(x), grads = tileable(grad);
+  const Tiling out{g.rows, 0, 0, g.tiling.height, g.width, g.tiling.height, 1};
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
-    const int64_t samples = x.size(0);
-    const A* const panels = packed_planes<T, kFactor>(x, g.planes(), g.top, g.left);
-    const A* const grad_panels = packed_planes<T, kOtherFactor>(grad, {g.rows, g.height, g.width}, 0, 0);
-    A* const value = scratch<A, kValues>(streams[1].numel());
+    const int64_t samples = x.size(0), tiles = count_tiles<A>(g.tiling, g.height, samples);
+    const int64_t out_size = out.channels * out.plane() * kConvLanes<A>;
+    const int64_t size = out_size + g.tiling.channels * g.tiling.plane() * kConvLanes<A>;
+    // As many tiles at a time as the last-level cache holds: threads share the packing, then the rows.
+    const int64_t group = std::clamp<int64_t>(kPackedBytes / (size * sizeof(A)), 1, tiles);
+    A* const packed = scratch<A, kFactor>(group * size);
+    A* const values = scratch<A, kValues>(kept_entries(stream));
+    for (int64_t first = 0; first < tiles; first += group) {
+      const int64_t last = std::min(first + group, tiles), channels = g.rows + g.tiling.channels;
+      const auto part = [&](int64_t tile) { return part_of<A>(g.tiling, g.height, samples, tile); };
+      at::parallel_for(0, (last - first) * channels, grain(size / channels), [&](int64_t b, int64_t e) {
+        for (int64_t i = b; i < e; ++i) {
+          const int64_t tile = i / channels, channel = i % channels;
+          A* const to = packed + tile * size;
+          if (channel < g.rows)
+            pack_tile<T>(images<T>(grads), out, part(first + tile), to, channel, channel + 1);
+          else
+            pack_tile<T>(images<T>(inputs), g.tiling, part(first + tile), to + out_size, channel - g.rows,
+                         channel - g.rows + 1);
+        }
+      });
+      over_rows(stream, samples * g.height * g.width * (last - first) / tiles, [&](int64_t b, int64_t e) {
+        for (int64_t tile = first; tile < last; ++tile) {
+          const A* const from = packed + (tile - first) * size;
+          convolve_weight<A>(stream, from, out, from + out_size, g.tiling, p.step, part(tile), values,
+                             tile > 0, b, e);
+        }
+      });
+    }
     Stream places = stream;
     places.column = streams[1].const_data_ptr<int32_t>();
-    over_rows(stream, samples * g.height * g.width, [&](int64_t b, int64_t e) {
-      convolve_weight<A>(stream, grad_panels, panels, g.planes().size(), g.height, g.width, p.step_h,
-                         p.step_w, value, samples, b, e);
-      scatter_values<T>(places, value, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
+    over_rows(stream, 1, [&](int64_t b, int64_t e) {
+      scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
     });
   });
   return product;

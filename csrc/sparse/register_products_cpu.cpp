@@ -110,7 +110,7 @@ Tensor empty_product(int64_t rows, const Tensor& x) {
 
 Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
                const Tensor& column, int64_t block, const OptionalTensor& /*start_t*/,
-               const OptionalTensor& /*column_t*/, int64_t /*block_t*/) {
+               const OptionalTensor& /*column_t*/, int64_t /*block_t*/, bool /*dense_grad*/) {
   check_matrix(weight, "weight");
   check_matrix(x, "x");
   check_factor(x, "x", weight, "weight");

@@ -55,9 +55,9 @@ void spmm(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, 
   for_each_panel<A>(samples, [&](int64_t first, int64_t lanes) {
     const A* const panel = panels + stream.cols * first;
     if (lanes == kWideLanes<A>)
-      multiply<A, T, kWideLanes<A> / n, 1>(stream, values, panel, 0, bias, tile, begin, end);
+      multiply<A, T, kWideLanes<A> / n, 1>(stream, values, panel, 0, bias, tile, lanes, begin, end);
     else
-      multiply<A, T, kNarrowLanes<A> / n, 1>(stream, values, panel, 0, bias, tile, begin, end);
+      multiply<A, T, kNarrowLanes<A> / n, 1>(stream, values, panel, 0, bias, tile, lanes, begin, end);
     const Matrix<T> to{y.at(begin, first), y.row_stride, y.col_stride};
     copy_out<A, T>(tile, lanes, to, end - begin, std::min(lanes, samples - first));
   });
@@ -71,9 +71,10 @@ void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values
     const A* const a = a_panels + stream.rows * first;
     const A* const b = b_panels + stream.cols * first;
     if (lanes == kWideLanes<A>)
-      inner_products<A, kWideLanes<A> / n>(stream, a, lanes, 0, b, 0, 1, values, first > 0, begin, end);
+      inner_products<A, kWideLanes<A> / n>(stream, a, lanes, b, {1, 1, 0, 0}, values, first > 0, begin, end);
     else
-      inner_products<A, kNarrowLanes<A> / n>(stream, a, lanes, 0, b, 0, 1, values, first > 0, begin, end);
+      inner_products<A, kNarrowLanes<A> / n>(stream, a, lanes, b, {1, 1, 0, 0}, values, first > 0, begin,
+                                             end);
   });
 }
 

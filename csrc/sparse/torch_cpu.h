@@ -42,9 +42,6 @@ inline void check_factor(const Tensor& t, const char* name, const Tensor& like, 
                    like.scalar_type(), ", got ", t.scalar_type());
 }
 
-// Slots of the calling thread's scratch memory, beside the kernels' own.
-constexpr int kFactor = 1, kOtherFactor = 2, kValues = 3;
-
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
   TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,

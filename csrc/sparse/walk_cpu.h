@@ -1,6 +1,5 @@
-// The two walks over a stream that all sparse products are made of. Both take kPositions places in a panel at
-// a time, `step` elements apart: a linear layer has one, a convolution the neighbours along its output's
-// width.
+// The two walks over a stream that all sparse products are made of. A linear layer has one place in its
+// panel, a convolution all positions of a tile's output.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +10,19 @@
 
 namespace blokern {
 
-// tile [end - begin][kPositions][lanes] ← bias + the sums of rows [begin, end), lanes = kVectors vectors. The
-// panel holds, at column[i] · lanes, what the stream's i-th entry multiplies. Chains of sums of their own
-// hide a multiply-add's latency where there are few.
+// to [end - begin][kPositions][lanes], its rows `to_row` elements apart, ← bias + the sums of rows [begin,
+// end), lanes = kVectors vectors. The panel holds, at column[i] · lanes, what the stream's i-th entry
+// multiplies at the first position; the next are `step` elements on. Chains of sums of their own hide a
+// multiply-add's latency where there are few.
 template <class A, class T, int kVectors, int kPositions>
-void multiply(const Stream& stream, const A* values, const A* panel, int64_t step, const T* bias, A* tile,
-              int64_t begin, int64_t end) {
+void multiply(const Stream& stream, const A* values, const A* panel, int64_t step, const T* bias, A* to,
+              int64_t to_row, int64_t begin, int64_t end) {
   constexpr int n = Vector<A>::size, lanes = kVectors * n;
   constexpr int kChains = std::max(1, 4 / (kVectors * kPositions));
   for (int64_t b = 0; b < stream.blocks(); ++b) {
     const int32_t* const start = stream.start + b * stream.rows;
     for (int64_t r = begin; r < end; ++r) {
-      A* const sums = tile + (r - begin) * kPositions * lanes;
+      A* const sums = to + (r - begin) * to_row;
       VectorOf<A> sum[kChains][kPositions][kVectors] = {};
       for (int p = 0; p < kPositions; ++p) {
         for (int v = 0; v < kVectors; ++v) {
@@ -56,12 +56,17 @@ void multiply(const Stream& stream, const A* values, const A* panel, int64_t ste
   }
 }
 
+// Places of a panel that an inner product runs over, and the elements from one to the next of b; those of a
+// follow one another.
+struct Places {
+  int64_t height, width, row, column;
+};
+
 // values ← or, with `add`, + ⟨a, b⟩ over one panel, for the entries of rows [begin, end): sums over lanes and
-// over `places` places, `a_step` and `b_step` elements apart. a [rows][a_row] has row r's factor at r ·
-// a_row.
+// places. a [rows][a_row] has row r's factor at r · a_row.
 template <class A, int kVectors>
-void inner_products(const Stream& stream, const A* a_panel, int64_t a_row, int64_t a_step, const A* b_panel,
-                    int64_t b_step, int64_t places, A* values, bool add, int64_t begin, int64_t end) {
+void inner_products(const Stream& stream, const A* a_panel, int64_t a_row, const A* b_panel,
+                    const Places& places, A* values, bool add, int64_t begin, int64_t end) {
   constexpr int n = Vector<A>::size, lanes = kVectors * n;
   for (int64_t b = 0; b < stream.blocks(); ++b) {
     const int32_t* const start = stream.start + b * stream.rows;
@@ -69,18 +74,21 @@ void inner_products(const Stream& stream, const A* a_panel, int64_t a_row, int64
       for (int32_t i = start[r]; i < start[r + 1]; i += n) {
         // As many entries as a vector has elements at a time; where a row has fewer left, its last one again.
         const int count = std::min<int32_t>(n, start[r + 1] - i);
+        const A* x[n];
+        for (int k = 0; k < n; ++k)
+          x[k] = b_panel + static_cast<int64_t>(stream.column[i + std::min(k, count - 1)]) * lanes;
+        const A* from = a_panel + r * a_row;
         VectorOf<A> products[n] = {};
-        for (int64_t p = 0; p < places; ++p) {
-          VectorOf<A> factor[kVectors];
-          for (int v = 0; v < kVectors; ++v)
-            factor[v] = load_vector(a_panel + r * a_row + p * a_step + v * n);
+        for (int64_t h = 0; h < places.height; ++h) {
+          for (int64_t w = 0; w < places.width; ++w, from += lanes) {
+            const int64_t place = h * places.row + w * places.column;
+            VectorOf<A> factor[kVectors];
+            for (int v = 0; v < kVectors; ++v) factor[v] = load_vector(from + v * n);
 #pragma GCC unroll 16
-          for (int k = 0; k < n; ++k) {
-            const A* const x = b_panel +
-                               static_cast<int64_t>(stream.column[i + std::min(k, count - 1)]) * lanes +
-                               p * b_step;
-            for (int v = 0; v < kVectors; ++v)
-              products[k] = multiply_add(factor[v], load_vector(x + v * n), products[k]);
+            for (int k = 0; k < n; ++k) {
+              for (int v = 0; v < kVectors; ++v)
+                products[k] = multiply_add(factor[v], load_vector(x[k] + place + v * n), products[k]);
+            }
           }
         }
         const VectorOf<A> sums = sums_of<A>(products);

@@ -55,6 +55,13 @@ def test_default_is_pgd_50_10_with_steps_of_a_quarter(net, loader):
     assert dataclasses.replace(default, seconds=0) == dataclasses.replace(spelt, seconds=0)
 
 
+def test_no_attack_is_standard_accuracy(net, loader):
+    result = evaluate(net, loader, {})
+    assert result.per_attack == {}
+    assert result.robust_accuracy == result.clean_accuracy == evaluate(net, loader).clean_accuracy
+    assert str(result).startswith(f"SA {result.clean_accuracy:.2%}; ")
+
+
 def test_several_attacks_count_the_worst_case(net, loader):
     fallen = {"a": set(), "b": set()}
     x, _ = loader.dataset.tensors
@@ -176,8 +183,6 @@ def test_wrong_calls(net, loader):
     x, y = images(net, n=4)
     with pytest.raises(ValueError, match="loader is empty"):
         evaluate(net, [])
-    with pytest.raises(ValueError, match="attack is an empty dict"):
-        evaluate(net, loader, {})
     with pytest.raises(ValueError, match="attack 'PGD-10' is targeted"):
         evaluate(net, loader, PGD(net, targeted=True))
     with pytest.raises(TypeError, match=r"loader must give batches \(x, y\), got Tensor"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from blokern.bilevel import checkpoint
 from blokern.bilevel.checkpoint import CheckpointError
+from blokern.sparse import masks_of, sparsify
 
 PAYLOAD = {
     "model": {"weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(7)},
@@ -123,6 +124,57 @@ def test_a_long_list_of_problems_is_cut():
     many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)))
     with pytest.raises(CheckpointError, match=r"10 missing \(0\.weight, 0\.bias, 1\.weight, … 7 more\)"):
         checkpoint.load_weights(many, {}, "x.pt")
+
+
+# --- Masks --------------------------------------------------------------------------------------------------
+
+
+def layers(*more):
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 70), *more)
+
+
+def masked():
+    masks = {"0.weight": torch.rand(3, 2, 3, 3) < 0.5, "2.weight": torch.rand(70, 3) < 0.5}
+    return sparsify(layers(), masks)
+
+
+def test_a_pruned_networks_checkpoint_gives_a_dense_one_its_masks(path):
+    pruned = masked()
+    loaded = checkpoint.load(saved(path, {"model": pruned.state_dict()}))["model"]
+    before, model = {name: tensor.clone() for name, tensor in loaded.items()}, layers()
+    checkpoint.load_weights(model, loaded, path)
+    assert masks_of(model) == masks_of(pruned)
+    x = torch.rand(4, 2, 3, 3)
+    assert torch.equal(model(x), pruned(x))
+    # The payload stays as it is, whatever becomes of the model.
+    masks_of(model)["2.weight"].update_(torch.zeros(70, 3, dtype=torch.bool))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.items())
+    checkpoint.load_weights(model, loaded, path)  # into one that is pruned already
+    assert masks_of(model) == masks_of(pruned)
+
+
+def test_a_layer_alone_gets_its_mask():
+    pruned = sparsify(nn.Linear(4, 3), {"weight": torch.rand(3, 4) < 0.5})
+    model = nn.Linear(4, 3)
+    checkpoint.load_weights(model, pruned.state_dict(), "x.pt")
+    assert masks_of(model) == masks_of(pruned)
+
+
+def test_masks_that_do_not_fit_are_refused_and_leave_the_model_alone():
+    weights = masked().state_dict()
+    for model, message in (
+        (layers(nn.Linear(1, 1)), "2 missing"),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.ReLU()), "3 unknown to the model .*2.mask_words"),
+        (
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 71)),
+            "unknown to the model .2.mask_words",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_weights(model, weights, "x.pt")
+        assert type(model[0]) is nn.Conv2d
+    with pytest.raises(CheckpointError, match=r"2 missing \(0\.mask_words, 2\.mask_words\)"):
+        checkpoint.load_weights(masked(), layers().state_dict(), "x.pt")
 
 
 # --- Failures while writing ---------------------------------------------------------------------------------

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from blokern.bilevel.schedule import SCHEDULES, constant, cyclic, learning_rate, momentum, multistep
+from blokern.bilevel.schedule import SCHEDULES, constant, cosine, cyclic, learning_rate, momentum, multistep
 
 
 def test_cyclic_is_a_triangle_with_its_peak_in_the_middle():
@@ -20,6 +20,12 @@ def test_multistep_boundaries_hold_for_totals_that_do_not_divide(total):
     for step in {0, total // 2, (total + 1) // 2, 3 * total // 4, -(-3 * total // 4), total}:
         expected = 1.0 if 2 * step < total else 0.1 if 4 * step < 3 * total else 0.01
         assert multistep(step / total) == expected
+
+
+def test_cosine_falls_from_peak_to_zero():
+    rates = [learning_rate(step, 4, peak=0.2, schedule="cosine") for step in range(5)]
+    assert rates == pytest.approx([0.2, 0.1 + 0.1 * 0.5**0.5, 0.1, 0.1 - 0.1 * 0.5**0.5, 0.0])
+    assert cosine(1.0) == 0.0
 
 
 def test_constant_stays():
@@ -43,7 +49,7 @@ def test_every_schedule_stays_within_zero_and_peak():
 @pytest.mark.parametrize(
     ("step", "total", "schedule", "message"),
     [
-        (0, 10, "cosine", "schedule must be one of 'cyclic', 'multistep', 'constant', got 'cosine'"),
+        (0, 10, "cos", "schedule must be one of 'cyclic', 'multistep', 'cosine', 'constant', got 'cos'"),
         (11, 10, "cyclic", r"step must be in \[0, 10\], got 11"),
         (-1, 10, "cyclic", "got -1"),
         (0, 0, "cyclic", "total must be at least 1, got 0"),

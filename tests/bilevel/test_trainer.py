@@ -13,17 +13,29 @@ import pytest
 import torch
 
 from blokern import models
-from blokern.bilevel import FastAT, FastATSettings, FastBAT, FastBATSettings, Plain, PlainSettings, checkpoint
+from blokern.bilevel import (
+    BiP,
+    BiPSettings,
+    FastAT,
+    FastATSettings,
+    FastBAT,
+    FastBATSettings,
+    Plain,
+    PlainSettings,
+    checkpoint,
+)
 from blokern.bilevel import trainer as trainer_module
 from blokern.bilevel.checkpoint import CheckpointError
 from blokern.bilevel.step import StepResult
 from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
 from blokern.data import ImageDataset, Splits
+from blokern.sparse import masks_of
 
 SETTINGS = TrainSettings(
     epochs=3, batch_size=16, lr=0.05, eps=0.1, val_steps=2, val_batch_size=8, cycle_momentum=True, seed=3
 )
 BATCHES = 5  # an epoch
+DRAW = Trainer._draw
 
 
 def images(count, seed):
@@ -143,6 +155,31 @@ def test_best_is_the_most_robust_epoch(uninterrupted):
     records = metrics(uninterrupted)
     best = max(records, key=lambda record: (record["val_robust_accuracy"], record["val_accuracy"]))
     assert checkpoint.load(uninterrupted / "best.pt")["epoch"] == best["epoch"]
+
+
+def test_without_an_attack_best_is_the_most_accurate_epoch(tmp_path):
+    make(tmp_path, settings=replace(SETTINGS, val_steps=0)).fit()
+    records = metrics(tmp_path)
+    assert all("val_robust_accuracy" not in record for record in records)
+    best = max(records, key=lambda record: record["val_accuracy"])
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == best["epoch"]
+
+
+def test_without_an_attack_there_are_curves_and_no_examples(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_draw", DRAW)
+    make(tmp_path, settings=replace(SETTINGS, val_steps=0, epochs=1)).fit()
+    assert {file.name for file in tmp_path.glob("*.png")} == {"curves.png"}
+
+
+def test_epochs_are_kept_on_request(tmp_path, uninterrupted):
+    kept = (0, 2)
+    with pytest.raises(Interrupted):
+        make(tmp_path, sending(7), keep_epochs=kept).fit()
+    make(tmp_path, resume=True, keep_epochs=kept).fit()
+    assert sorted(file.name for file in tmp_path.glob("epoch-*")) == ["epoch-0.pt", "epoch-2.pt"]
+    assert_same(state(tmp_path, "epoch-0.pt")["model"], make(tmp_path / "new").rule.model.state_dict())
+    assert len(state(tmp_path, "epoch-2.pt")["history"]) == 2
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_the_schedule_is_applied_before_each_step(tmp_path):
@@ -341,6 +378,86 @@ def test_resume_starts_a_run_where_there_is_none(tmp_path, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
+# --- Rules of two levels ------------------------------------------------------------------------------------
+
+
+def make_bip(run_dir, mode="paper", rule=BiP, **options):
+    method = BiPSettings(density=0.3, mode=mode, score_lr=2.0)
+    return make(run_dir, rule, method, options.pop("settings", SETTINGS), width=4, **options)
+
+
+def test_the_second_batch_is_of_the_same_images_in_another_order(tmp_path):
+    seen = []
+
+    class Watching(BiP):
+        def step(self, lower, upper):
+            seen.append((lower, upper))
+            return super().step(lower, upper)
+
+    settings = replace(SETTINGS, epochs=2, augment=False)
+    make_bip(tmp_path, rule=Watching, settings=settings).fit()
+    assert len(seen) == 2 * BATCHES
+    train = {image.numpy().tobytes() for image in (SPLITS.train.images.float() / 255)}
+    images = [torch.cat([pair[level][0] for pair in seen]) for level in (0, 1)]
+    for level in images:
+        assert {image.numpy().tobytes() for image in level} <= train
+    for lower, upper in seen:
+        assert not torch.equal(lower[0], upper[0])
+    assert not torch.equal(images[1][: 16 * BATCHES], images[1][16 * BATCHES :])  # a new order each epoch
+
+
+def test_the_scores_rate_falls_at_a_half_and_at_three_quarters(tmp_path):
+    rates = []
+
+    class Watching(BiP):
+        def step(self, lower, upper):
+            rates.append(self.score_lr)
+            return super().step(lower, upper)
+
+    make_bip(tmp_path, rule=Watching, settings=replace(SETTINGS, epochs=4)).fit()
+    half, quarter = 2 * BATCHES, BATCHES
+    assert rates == pytest.approx([2.0] * half + [0.2] * quarter + [0.02] * quarter)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("step", [2, BATCHES, 2 * BATCHES + 1])
+def test_a_resumed_bip_has_the_same_bits(tmp_path, mode, step):
+    class Stopping(BiP):
+        steps = 0
+
+        def step(self, lower, upper):
+            self.steps += 1
+            if self.steps == step:
+                signal.raise_signal(signal.SIGINT)
+            return super().step(lower, upper)
+
+    Stopping.__name__ = "BiP"
+    make_bip(tmp_path / "whole", mode).fit()
+    with pytest.raises(Interrupted):
+        make_bip(tmp_path / "parts", mode, Stopping).fit()
+    make_bip(tmp_path / "parts", mode, resume=True, seed=99).fit()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    saved = state(tmp_path / "whole")
+    assert any(name.endswith("mask_words") for name in saved["model"])
+    assert saved["rule"]["momentum"].keys() == masks_of(make_bip(tmp_path / "new").rule.model).keys()
+    assert any(record["changed"] > 0 for record in saved["history"])
+
+
+def test_bip_in_channels_last_runs_and_resumes(tmp_path):
+    settings = replace(SETTINGS, channels_last=True, epochs=1)
+    for mode in ("paper", "released"):
+        make_bip(tmp_path / mode, mode, settings=settings).fit()
+        trainer = make_bip(tmp_path / mode, mode, settings=settings, resume=True)
+        assert trainer.complete
+        saved, rule = state(tmp_path / mode), trainer.rule
+        assert all(torch.equal(t, saved["model"][name]) for name, t in rule.model.state_dict().items())
+        assert all(torch.equal(s, saved["rule"]["scores"].get(name, s)) for name, s in rule.scores.items())
+
+
+def test_a_rule_without_state_saves_none(uninterrupted):
+    assert "rule" not in state(uninterrupted)
+
+
 # --- What is refused ----------------------------------------------------------------------------------------
 
 
@@ -506,10 +623,11 @@ def test_an_interrupt_does_not_save_a_broken_model(tmp_path, what):
     [
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5"),
+        ({"val_steps": -1}, ValueError, "val_steps must be at least 0, got -1"),
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
         ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
-        ({"schedule": "cosine"}, ValueError, "schedule must be one of 'cyclic'"),
+        ({"schedule": "cos"}, ValueError, "schedule must be one of 'cyclic'"),
         ({"momentum": 1.0}, ValueError, "momentum must be in"),
         ({"momentum": 0.05, "cycle_momentum": True}, ValueError, r"momentum must be in \[0.1, 1\), got 0.05"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),

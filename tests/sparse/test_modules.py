@@ -52,6 +52,22 @@ def test_a_network_and_its_gradients() -> None:
         torch.testing.assert_close(got.grad, want.grad * masks[name] if name in masks else want.grad)
 
 
+def test_dense_gradients_are_a_layers_choice() -> None:
+    model = network()
+    masks = random_masks(model)
+    dense, sparse = pruned(model, masks), sparsify(model, masks)
+    layers = [m for m in sparse.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
+    assert not any(layer.dense_grad for layer in layers)
+    for layer in layers:
+        layer.dense_grad = True
+    x, y = torch.rand(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2])
+    for net in (sparse, dense):
+        nn.functional.cross_entropy(net(x), y).backward()
+    for got, want in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+    assert "dense_grad" not in vars(to_dense(sparse)[-1])
+
+
 def test_parameters_hooks_and_names_stay() -> None:
     model = network()
     before, calls = dict(model.named_parameters()), []

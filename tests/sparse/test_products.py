@@ -149,6 +149,40 @@ def test_derivatives(turned: bool) -> None:
     assert torch.autograd.gradgradcheck(lambda a, b: ops.sddmm(a, b, sparse), (a, b))
 
 
+def test_dense_gradients_are_those_by_the_product() -> None:
+    """First and second derivatives, as if w = weight ⊙ mask were the leaf; masked weights still unread."""
+    weight, mask, x = factors(5, 70, 3, density=0.4)
+    u, v = torch.randn(5, 70, dtype=torch.float64), torch.randn(3, 70, dtype=torch.float64)
+
+    def derivatives(leaf: Tensor, linear: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [leaf.requires_grad_(), x.clone().requires_grad_()]
+        grads = torch.autograd.grad(linear(leaves[1], leaves[0]).sin().sum(), leaves, create_graph=True)
+        return [*grads, *torch.autograd.grad((grads[0] * u).sum() + (grads[1] * v).sum(), leaves)]
+
+    sparse = SparseMask(mask)
+    ours = derivatives(
+        torch.where(mask, weight, torch.nan), lambda x, w: ops.masked_linear(x, w, sparse, dense_grad=True)
+    )
+    for got, want in zip(ours, derivatives(weight * mask, torch.nn.functional.linear), strict=True):
+        torch.testing.assert_close(got, want)
+    assert (ours[0][~mask] != 0).all()
+
+
+def test_dense_gradients_pass_differences() -> None:
+    """With a full mask by all, else by x and the output's gradient: a masked weight does not move the output."""
+    weight, mask, x = factors(3, 6, 2, density=0.5)
+    x.requires_grad_()
+
+    def linear(mask: SparseMask) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, weight: ops.masked_linear(x, weight, mask, dense_grad=True)
+
+    full = linear(SparseMask(torch.ones_like(mask)))
+    leaves = (x, weight.clone().requires_grad_())
+    assert torch.autograd.gradcheck(full, leaves)
+    assert torch.autograd.gradgradcheck(full, leaves)
+    assert torch.autograd.gradgradcheck(linear(SparseMask(mask)), (x, weight))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     weight, mask, x = factors(150, 300, 130, 0.2, dtype)
@@ -187,6 +221,7 @@ def test_opcheck() -> None:
     for turned in (x.t(), x.t().contiguous()):
         args = (weight.clone().requires_grad_(), turned.detach().requires_grad_(), bias.requires_grad_())
         opcheck(blokern.spmm.default, (*args, *streams))
+        opcheck(blokern.spmm.default, (*args, *streams, True))
     a, b = torch.randn(5, 3, requires_grad=True), torch.randn(70, 3, requires_grad=True)
     opcheck(blokern.sddmm.default, (a, b, *streams))
     # Of masks: their outputs' sizes are data, and there is nothing to differentiate.
@@ -197,14 +232,16 @@ def test_opcheck() -> None:
     opcheck(blokern.mask_stream.default, (sparse.words, 70, 64), test_utils=tests)
 
 
-def test_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("dense_grad", [False, True])
+def test_compiled_equals_eager(dense_grad: bool) -> None:
+    torch._dynamo.reset()
     weight, mask, x = factors(5, 70, 3)
     sparse = SparseMask(mask)
     sparse.stream(), sparse.stream(transposed=True)  # made once, outside of the graph
     leaves = [weight.requires_grad_(), x.requires_grad_()]
 
     def loss(weight: Tensor, x: Tensor) -> Tensor:
-        return ops.masked_linear(x.sin(), weight, sparse).cos().sum()
+        return ops.masked_linear(x.sin(), weight, sparse, dense_grad=dense_grad).cos().sum()
 
     eager = torch.autograd.grad(loss(*leaves), leaves)
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)

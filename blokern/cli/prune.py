@@ -1,0 +1,256 @@
+"""``blokern prune``: networks pruned by several methods, to several densities, in one table and three pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from blokern.cli.compare import Entry, check_different, mean_and_deviation, parse_entries
+from blokern.cli.evaluate import write_json
+from blokern.cli.info import machine
+from blokern.cli.options import (
+    CHECKPOINT_MINUTES,
+    DATA_OPTIONS,
+    MACHINE_OPTIONS,
+    MODEL_OPTIONS,
+    SETTINGS,
+    TEST_LIMIT,
+    Densities,
+    Number,
+    Option,
+    Options,
+    Seeds,
+    flag,
+    make_parser,
+    parse,
+    pick,
+    pruning_methods,
+    settings_options,
+    train_options,
+)
+from blokern.cli.train import train_parser
+
+if TYPE_CHECKING:
+    from blokern.cli.study import Dense, Plan, Run
+
+__all__ = ["prune"]
+
+#: Where fine-tuning has another default than TrainSettings, which are Fast-BAT's.
+_DEFAULTS: Options = {"lr": Number(0.1), "schedule": "cosine"}
+
+#: Kept of the dense training in any case: a later command may add imp, which rewinds to it.
+_KEPT_EPOCH = 1
+
+
+def prune(argv: list[str]) -> int:
+    """Prune networks by one or more methods: blokern prune METHOD ... --density D --out FOLDER."""
+    own = {name: ", ".join(option.name for option in _method_options(name)) for name in pruning_methods()}
+    parser = make_parser(
+        "prune",
+        "Trains a dense network for each seed, prunes it by each METHOD to each density, and fine-tunes what is left, "
+        "alike for all methods. Writes results.md, results.json, sparsity.png, minutes.png and layers.png. A METHOD "
+        "may have a label and options of its own: omp short=hydra:score_epochs=5,epochs=10. Given again, the same "
+        "command continues where it was stopped. METHODs, with the options that they alone have: "
+        + ", ".join(f"{name} ({words})" if words else name for name, words in own.items()),
+        [
+            *(
+                *DATA_OPTIONS,
+                *MODEL_OPTIONS,
+                *_run_options(),
+                CHECKPOINT_MINUTES,
+                *MACHINE_OPTIONS,
+                TEST_LIMIT,
+            ),
+            Option("dense_epochs", int, None, "epochs of the dense training (default: as of fine-tuning)"),
+            Option("dense", str, None, "checkpoint of a dense network to prune (default: one is trained)"),
+        ],
+    )
+    parser.add_argument("methods", nargs="+", metavar="[LABEL=]METHOD[:KEY=VALUE,...]", help="what prunes")
+    parser.add_argument(
+        "--density", type=Densities, required=True, help="part of the weights that is kept, such as 0.2,0.1"
+    )
+    parser.add_argument("--seeds", type=Seeds, default=Seeds(0), help="such as 0,1,2: runs for each")
+    parser.add_argument("--out", type=str, required=True, help="folder of the runs and the results")
+    options = parse(parser, argv)
+    for name in ("density", "seeds"):
+        check_different(name, options[name])
+    entries = parse_entries(
+        options["methods"], pruning_methods(), lambda name: [*_run_options(), *_method_options(name)]
+    )
+
+    from blokern._memory import keep_freed_memory
+    from blokern.cli.study import Study, given_dense, trained_dense
+
+    # All are made before the first run: a mistake in the last must not cost the time of the others.
+    plans = [plan for entry in entries for plan in _plans(entry, options)]
+    rewinds = {plan.settings.rewind_epoch for plan in plans if plan.method == "imp"}  # type: ignore[attr-defined]
+    training = {seed: _dense_training(options, seed) for seed in options["seeds"]}
+    given = None if options["dense"] is None else given_dense(Path(options["dense"]), options)
+    keep_freed_memory()
+    dense, runs = {}, []
+    for seed in options["seeds"]:
+        network = given or trained_dense(training[seed], rewinds | {_KEPT_EPOCH})
+        for epoch in rewinds:
+            network.early(epoch)
+        _write_settings(options)
+        study = Study(options, network)
+        dense[network] = study.accuracy(network.path, study.out / "dense" / f"test-{network.seed}.json")
+        runs += [study.run(plan) for plan in plans if plan.seed == seed]
+    _write_results(options, dense, runs)
+    print(Path(options["out"], "results.md").read_text(), end="")
+    return 0
+
+
+# --- What is to be done -------------------------------------------------------------------------------------
+
+
+def _run_options() -> list[Option]:
+    """What every pruned run has, whatever the method."""
+    from blokern.bilevel import PruningSettings
+
+    left_out = (
+        "seed",
+        "cycle_momentum",
+        "eps",
+        "val_steps",
+        "val_restarts",
+    )  # the validation does not attack
+    return [
+        *(
+            replace(o, default=_DEFAULTS.get(o.name, o.default))
+            for o in train_options()
+            if o.name not in left_out
+        ),
+        *settings_options(PruningSettings, without=("density",)),
+        Option("score_batches", int, 10, "batches of training images that snip and grasp look at"),
+    ]
+
+
+def _method_options(method: str) -> list[Option]:
+    return settings_options(pruning_methods()[method][1], without=("density", "scope", "granularity", "seed"))
+
+
+def _plans(entry: Entry, options: Options) -> Iterator[Plan]:
+    from blokern.bilevel import TrainSettings
+    from blokern.cli.study import Plan
+
+    shared, own = _run_options(), _method_options(entry.method)
+    flags = [
+        *(f"{flag(option.name)}={options[option.name]}" for option in shared),
+        *(f"{flag(key)}={value}" for key, value in entry.options),
+    ]
+    values = parse(make_parser(f"prune {entry.method}", "", [*shared, *own]), flags)
+    if values["score_batches"] < 1:
+        raise ValueError(f"score_batches must be at least 1, got {values['score_batches']}")
+    settings_type = pruning_methods()[entry.method][1]
+    for density in options["density"]:
+        for seed in options["seeds"]:
+            these = {**values, "density": density, "seed": seed, "val_steps": 0}
+            yield Plan(
+                entry.label,
+                entry.method,
+                seed,
+                settings_type(**pick(these, settings_type)),
+                TrainSettings(**pick(these, TrainSettings)),
+                values["score_batches"],
+            )
+
+
+def _dense_training(options: Options, seed: int) -> Options:
+    """The options of ``blokern train plain`` for the dense network."""
+    epochs = options["epochs"] if options["dense_epochs"] is None else options["dense_epochs"]
+    words = {**options, "epochs": epochs, "seed": seed, "val_steps": 0}
+    known = (*DATA_OPTIONS, *MODEL_OPTIONS, *train_options(), CHECKPOINT_MINUTES, *MACHINE_OPTIONS)
+    flags = [f"{flag(o.name)}={words[o.name]}" for o in known if words.get(o.name) is not None]
+    out = Path(options["out"], "dense", f"seed-{seed}")
+    return parse(train_parser("plain"), [*flags, f"--out={out}", "--resume"])
+
+
+def _write_settings(options: Options) -> None:
+    from blokern.bilevel.checkpoint import write_atomically
+
+    kept = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in options.items()
+        if value is not None and key not in ("config", "debug", "out")
+    }
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"# blokern prune --config {SETTINGS} --out FOLDER\n{yaml.safe_dump(kept, sort_keys=False)}"
+    write_atomically(out / SETTINGS, text.encode())
+
+
+# --- What came of it ----------------------------------------------------------------------------------------
+
+
+def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequence[Run]) -> None:
+    from blokern import plots
+    from blokern.bilevel.checkpoint import write_atomically
+
+    out = Path(options["out"])
+    points: dict[str, dict[float, list[Run]]] = {}
+    for run in runs:
+        points.setdefault(run.plan.label, {}).setdefault(run.plan.settings.density, []).append(run)
+
+    trained = [network.seconds for network in dense if network.seconds is not None]
+    rows = [
+        f"{options['data']}, {options['model']}, {options['granularity']} pruning, {options['epochs']} epochs of "
+        f"training after it; accuracy of the best epoch on the test images, seconds of pruning and training; mean ± "
+        f"standard deviation over seeds {', '.join(map(str, options['seeds']))}.",
+        "",
+        "| method | kept % | accuracy % | seconds |",
+        "|---|---|---|---|",
+        f"| dense | 100 | {_percent(dense.values())} | {mean_and_deviation(trained) if trained else '–'} |",
+    ]
+    for label, densities in points.items():
+        for density, own in densities.items():
+            cells = (_percent(run.accuracy for run in own), mean_and_deviation([run.seconds for run in own]))
+            rows.append(f"| {label} | {100 * density:g} | {' | '.join(cells)} |")
+    write_atomically(out / "results.md", ("\n".join(rows) + "\n").encode())
+    write_json(
+        out / "results.json",
+        {
+            "options": {
+                key: value for key, value in options.items() if key not in ("config", "out", "debug")
+            },
+            "machine": machine(),
+            "dense": [
+                {"seed": network.seed, "accuracy": accuracy, "training_seconds": network.seconds}
+                for network, accuracy in dense.items()
+            ],
+            "runs": [asdict(run) for run in runs],
+        },
+    )
+
+    def each(value: Callable[[Run], float]) -> plots.Points:
+        return {
+            label: {density: [value(run) for run in own] for density, own in densities.items()}
+            for label, densities in points.items()
+        }
+
+    accuracies = each(lambda run: run.accuracy)
+    plots.sparsity(accuracies, [*dense.values()], out / "sparsity.png")
+    plots.minutes(accuracies, each(lambda run: run.seconds / 60), [*dense.values()], out / "minutes.png")
+    plots.layers(
+        {
+            density: {label: _kept(densities[density]) for label, densities in points.items()}
+            for density in options["density"]
+        },
+        out / "layers.png",
+    )
+
+
+def _kept(runs: Sequence[Run]) -> dict[str, float]:
+    """The mean density of each layer."""
+    return {
+        name: statistics.fmean(run.kept[name][0] / run.kept[name][1] for run in runs) for name in runs[0].kept
+    }
+
+
+def _percent(shares: Iterable[float]) -> str:
+    return mean_and_deviation([100 * share for share in shares])

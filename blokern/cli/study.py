@@ -1,0 +1,289 @@
+"""The runs of a pruning study: a dense network, masks for it, and the fine-tuning of what they leave."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blokern.cli.evaluate import write_json
+from blokern.cli.options import Options, select_device
+from blokern.cli.train import load_data, make_trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from blokern.bilevel import PruningSettings, Trainer, TrainSettings
+    from blokern.data import Batches
+    from blokern.sparse import SparseMask
+
+__all__ = ["Dense", "Plan", "Run", "Study", "given_dense", "trained_dense"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network to be pruned."""
+
+    label: str
+    method: str
+    seed: int
+    settings: PruningSettings
+    training: TrainSettings
+    score_batches: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network pruned and fine-tuned.
+
+    accuracy: of best.pt on the test images. kept: by layer, the weights that are left, and all. Seconds are without
+    validation.
+    """
+
+    plan: Plan
+    accuracy: float
+    epoch: int
+    kept: dict[str, tuple[int, int]]
+    pruning_seconds: float
+    training_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.pruning_seconds + self.training_seconds
+
+
+# --- The dense network --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The network that pruning starts from.
+
+    seed: of the data's split into training and validation images. seconds: of its training, None if it was given.
+    """
+
+    path: Path
+    seed: int
+    seconds: float | None
+
+    def model(self) -> nn.Module:
+        """The trained network."""
+        from blokern.bilevel import checkpoint
+        from blokern.sparse import to_dense
+
+        return to_dense(checkpoint.load_model(checkpoint.load(self.path), self.path))
+
+    def early(self, epoch: int) -> Mapping[str, Tensor]:
+        """The weights after an early epoch of its training. Raises ValueError if they were not kept."""
+        from blokern.bilevel import checkpoint
+
+        path = self.path.with_name(f"epoch-{epoch}.pt")
+        if not path.exists():
+            raise ValueError(
+                f"rewind_epoch: epoch {epoch} of the dense training was not kept in {path}; "
+                "let blokern prune train the dense network, in a new --out"
+            )
+        weights: Mapping[str, Tensor] = checkpoint.load(path)["model"]
+        return weights
+
+
+def given_dense(path: Path, options: Options) -> Dense:
+    """The dense network of a checkpoint, refused unless network and data are those of the options."""
+    from blokern.bilevel import checkpoint
+
+    payload = checkpoint.load(path)
+    there, seed = checkpoint.recipe_of(payload, path), payload["settings"]["seed"]
+    _, here = load_data(options, seed)
+    # The data first: the network's normalisation is theirs.
+    for key, what in (("data", "data set"), ("model", "architecture")):
+        checkpoint.check_same(what, {key: there[key]}, {key: here[key]}, path)
+    return Dense(path, seed, None)
+
+
+def trained_dense(options: Options, keep_epochs: set[int]) -> Dense:
+    """The dense network of ``blokern train plain`` with these options, trained unless it is there already."""
+    trainer = make_trainer("plain", options, keep_epochs)
+    _say(f"dense, seed {options['seed']}:")
+    seconds = sum(record["train_seconds"] for record in trainer.fit())
+    return Dense(trainer.run_dir / "best.pt", options["seed"], seconds)
+
+
+# --- Pruned networks ----------------------------------------------------------------------------------------
+
+
+class Study:
+    """Prunes one dense network; what is in the folder already is not done again.
+
+    options: of the command line, "out" among them.
+    """
+
+    def __init__(self, options: Options, dense: Dense) -> None:
+        from blokern.bilevel import checkpoint
+
+        self.out = Path(options["out"])
+        self.options = options
+        self.dense = dense
+        self.device = select_device(options)
+        self.splits, self._recipe = load_data(options, dense.seed)
+        self._recipe["dense"] = checkpoint.fingerprint(dense.path)
+
+    def run(self, plan: Plan) -> Run:
+        """Prune, fine-tune and test a network."""
+        from blokern.bilevel import IMP, checkpoint
+        from blokern.sparse import masks_of
+
+        seed, density = f"seed-{plan.seed}", plan.settings.density
+        folder = self.out / plan.label / f"density-{density:g}" / seed
+        rounds = [(density, folder)]
+        if plan.method == "imp":
+            *before, _ = IMP(plan.settings).densities()  # type: ignore[arg-type]
+            # In a place of their own: they are on the way to other densities too.
+            shared = self.out / plan.label / "rounds" / seed
+            rounds = [*((d, shared / f"round-{i:02}") for i, d in enumerate(before, 1)), *rounds]
+
+        model = self.dense.model().to(self.device)
+        pruning_seconds = training_seconds = 0.0
+        for i, (density, here) in enumerate(rounds, 1):
+            turn = f", round {i} of {len(rounds)}" if plan.method == "imp" else ""
+            _say(f"{plan.label}, density {density:.3g}, seed {plan.seed}{turn}:")
+            # BiP's masks and weights come of one training.
+            masks, seconds = ({}, 0.0) if plan.method == "bip" else self._masks(plan, density, model, here)
+            trainer = self._training(plan, density, masks, here)
+            training_seconds += sum(record["train_seconds"] for record in trainer.fit())
+            pruning_seconds += seconds
+            model = trainer.rule.model
+
+        payload = checkpoint.load(folder / "best.pt")
+        best = checkpoint.load_model(payload, folder / "best.pt")
+        kept = {name: (mask.kept, mask.rows * mask.cols) for name, mask in masks_of(best).items()}
+        accuracy = self.accuracy(folder / "best.pt", folder / "test.json")
+        return Run(plan, accuracy, payload["epoch"], kept, pruning_seconds, training_seconds)
+
+    def accuracy(self, path: Path, memory: Path) -> float:
+        """A checkpoint's accuracy on the test images, remembered in a file."""
+        from blokern.attack import evaluate
+        from blokern.bilevel import checkpoint
+        from blokern.data import Batches
+
+        question = {"checkpoint": checkpoint.fingerprint(path), "images": len(self.splits.test)}
+        if memory.exists() and (answer := json.loads(memory.read_text()))["question"] == question:
+            return float(answer["accuracy"])
+        model = checkpoint.load_model(checkpoint.load(path), path).to(self.device)
+        accuracy = evaluate(model, Batches(self.splits.test, 256), {}).clean_accuracy
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {"question": question, "accuracy": accuracy})
+        return accuracy
+
+    def _masks(
+        self, plan: Plan, density: float, model: nn.Module, folder: Path
+    ) -> tuple[dict[str, SparseMask], float]:
+        """The masks, and the seconds that they took; kept in a file."""
+        import torch
+
+        from blokern.bilevel import checkpoint
+        from blokern.sparse import SparseMask
+
+        path = folder / "masks.pt"
+        question = {**self._method(plan, density), **self._recipe, "score_batches": plan.score_batches}
+        if path.exists():
+            stored = checkpoint.load(path)
+            checkpoint.check_same("run", stored["question"], question, path)
+        else:
+            torch.manual_seed(plan.seed)
+            start = time.perf_counter()
+            masks = self._pruned(plan, density, model)
+            seconds = time.perf_counter() - start
+            words = {name: (mask.words, list(mask.shape)) for name, mask in masks.items()}
+            stored = {"question": question, "seconds": seconds, "masks": words}
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(path, stored)
+        masks = {
+            name: SparseMask.of_words(words.to(self.device), torch.Size(shape))
+            for name, (words, shape) in stored["masks"].items()
+        }
+        return masks, stored["seconds"]
+
+    def _pruned(self, plan: Plan, density: float, model: nn.Module) -> dict[str, SparseMask]:
+        from blokern.bilevel import IMP, PRUNERS, Hydra
+
+        pruner = PRUNERS[plan.method][0](plan.settings)
+        if isinstance(pruner, IMP):
+            return pruner.masks(model, density)
+        batches = self._batches(plan.training)
+        seen = _Passes(batches) if isinstance(pruner, Hydra) else [*islice(batches, plan.score_batches)]
+        masks: dict[str, SparseMask] = pruner.masks(model, seen)
+        return masks
+
+    def _batches(self, training: TrainSettings) -> Batches:
+        import torch
+
+        from blokern.bilevel.trainer import on_device
+        from blokern.data import Batches
+
+        return Batches(
+            on_device(torch.device(self.device), self.splits.train),
+            training.batch_size,
+            shuffle=True,
+            augment=training.augment,
+            drop_last=True,
+            seed=training.seed,
+        )
+
+    def _training(self, plan: Plan, density: float, masks: Mapping[str, SparseMask], folder: Path) -> Trainer:
+        """The training of the dense network's weights, or for IMP of its early ones, under the masks; by BiP with
+        masks of its own."""
+        from blokern.bilevel import (
+            BiP,
+            BiPSettings,
+            IMPSettings,
+            Plain,
+            PlainSettings,
+            StepRule,
+            Trainer,
+            TwoBatchRule,
+        )
+        from blokern.sparse import sparsify
+
+        model = self.dense.model()
+        if isinstance(plan.settings, IMPSettings):
+            model.load_state_dict(self.dense.early(plan.settings.rewind_epoch))
+        sparsify(model.to(self.device), masks)
+        optimizer = plan.training.optimizer(model)
+        rule: StepRule | TwoBatchRule
+        if isinstance(plan.settings, BiPSettings):
+            rule = BiP(model, optimizer, plan.settings)
+        else:
+            rule = Plain(model, optimizer, PlainSettings())
+        return Trainer(
+            rule,
+            self.splits,
+            plan.training,
+            folder,
+            resume=True,
+            recipe={**self._method(plan, density), **self._recipe},
+            checkpoint_minutes=self.options["checkpoint_minutes"],
+        )
+
+    def _method(self, plan: Plan, density: float) -> dict[str, Any]:
+        return {"method": {"name": plan.method, **asdict(replace(plan.settings, density=density))}}
+
+
+class _Passes:
+    """Batches in another order, and otherwise augmented, each time they are iterated over."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return self.batches.epoch(self.passes - 1)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
