@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in the process instead of handing it back to the system after every step.
 
     glibc returns large freed blocks, and the kernel must zero every page of them again when the next step asks:
-    on preact_resnet18, batch 128, two fifths of a sparse training step. Returns whether it took
-    effect; True only with glibc.
+    on preact_resnet18, batch 128, two fifths of a sparse training step. Returns whether it took effect; True only with
+    glibc.
 
     >>> keep_freed_memory()
     True

@@ -1,6 +1,7 @@
 """Pruned networks that are really faster: masked layers in the place of dense ones."""
 
 from blokern.ops.mask import SparseMask
+from blokern.sparse.compact import compact
 from blokern.sparse.layout import (
     SamplesInnermostAdaptiveAvgPool2d,
     SamplesInnermostAvgPool2d,
@@ -20,6 +21,7 @@ __all__ = [
     "SamplesInnermostBatchNorm2d",
     "SamplesInnermostMaxPool2d",
     "SparseMask",
+    "compact",
     "is_samples_innermost",
     "masks_of",
     "samples_innermost",

@@ -13,7 +13,15 @@ from blokern import ops
 from blokern.ops.mask import SparseMask, as_mask, check_mask
 from blokern.sparse.layout import drop_layout
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "masks_of", "sparsify", "to_dense"]
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLinear",
+    "drop_mask",
+    "masks_of",
+    "parameter_owners",
+    "sparsify",
+    "to_dense",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -156,12 +164,13 @@ def to_dense(model: ModelT) -> ModelT:
     """
     for module in model.modules():
         if type(module) in _DENSE:
-            _drop_mask(module)
+            drop_mask(module)
     drop_layout(model)
     return model
 
 
-def _drop_mask(module: Any) -> None:
+def drop_mask(module: Any) -> None:
+    """Make a masked layer a dense one, with zeros for its masked weights."""
     with torch.no_grad():
         module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
     del module.mask_words, module._mask
