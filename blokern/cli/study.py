@@ -247,7 +247,7 @@ class Study:
             Trainer,
             TwoBatchRule,
         )
-        from blokern.sparse import sparsify
+        from blokern.sparse import samples_innermost, sparsify
 
         model = self.dense.model()
         if isinstance(plan.settings, IMPSettings):
@@ -259,6 +259,7 @@ class Study:
             rule = BiP(model, optimizer, plan.settings)
         else:
             rule = Plain(model, optimizer, PlainSettings())
+        samples_innermost(model)
         return Trainer(
             rule,
             self.splits,
