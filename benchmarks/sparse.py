@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.race import Case
 from blokern import ops
+from blokern._memory import keep_freed_memory
 
 SPARSITIES = (50, 80, 90, 95, 99)
 LINEAR = (2048, 2048)
@@ -106,6 +107,7 @@ def _conv(sparsity: int, layer: tuple[int, int, int, int, int]) -> Iterator[Case
 
 
 def cases() -> Iterator[Case]:
+    keep_freed_memory()  # as `blokern train` and `prune` do; it serves every rival
     for sparsity in SPARSITIES:
         for batch in (128, 8, 1):
             yield from _linear(sparsity, batch)

@@ -109,8 +109,8 @@ Tensor empty_product(int64_t rows, const Tensor& x) {
 }
 
 Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
-               const Tensor& column, int64_t block, const OptionalTensor& /*start_t*/,
-               const OptionalTensor& /*column_t*/, int64_t /*block_t*/, bool /*dense_grad*/) {
+               const Tensor& column, int64_t block, const OptionalTensor& start_t,
+               const OptionalTensor& column_t, int64_t block_t, bool /*dense_grad*/) {
   check_matrix(weight, "weight");
   check_matrix(x, "x");
   check_factor(x, "x", weight, "weight");
@@ -133,8 +133,15 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
     A* const value = scratch<A, kValues>(column.numel());
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
     const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
+    const bool transposed = start_t.has_value() && weight.stride(0) == 1 && weight.stride(1) != 1;
+    if (transposed) {
+      const Stream other = stream_of(*start_t, *column_t, cols, rows, block_t);
+      at::parallel_for(
+          0, stream.blocks(), grain(kept_entries(stream) / stream.blocks()),
+          [&](int64_t b, int64_t e) { gather_transposed<T>(stream, other, matrix<T>(weight), value, b, e); });
+    }
     over_rows(stream, samples, [&](int64_t b, int64_t e) {
-      gather_values<T>(stream, matrix<T>(weight), value, b, e);
+      if (!transposed) gather_values<T>(stream, matrix<T>(weight), value, b, e);
       spmm<T>(stream, value, panels, offset, out, samples, b, e);
     });
   });

@@ -22,6 +22,13 @@ template <class T>
 void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>* values, int64_t begin,
                    int64_t end);
 
+// The same for a matrix whose columns are contiguous, the transpose of one with stream `other`: its rows are
+// read one after the other, so that every cache line of the weight comes once. For blocks [begin, end) of the
+// stream.
+template <class T>
+void gather_transposed(const Stream& stream, const Stream& other, const Matrix<const T>& weight,
+                       Accum<T>* values, int64_t begin, int64_t end);
+
 // The other way round; the weight's other elements stay as they are.
 template <class T>
 void scatter_values(const Stream& stream, const Accum<T>* values, const Matrix<T>& weight, int64_t begin,

@@ -34,6 +34,26 @@ void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>
 }
 
 template <class T>
+void gather_transposed(const Stream& stream, const Stream& other, const Matrix<const T>& weight,
+                       Accum<T>* values, int64_t begin, int64_t end) {
+  int32_t* const next = scratch<int32_t>(stream.rows);  // where each row's next value goes
+  for (int64_t b = begin; b < end; ++b) {
+    std::copy_n(stream.start + b * stream.rows, stream.rows, next);
+    const int64_t last = std::min((b + 1) * stream.block, stream.cols);
+    for (int64_t c = b * stream.block; c < last; ++c) {
+      const T* const column = weight.at(0, c);
+      for (int64_t o = 0; o < other.blocks(); ++o) {
+        const int32_t* const start = other.start + o * other.rows + c;
+        for (int32_t i = start[0]; i < start[1]; ++i) {
+          const int32_t r = other.column[i];
+          values[next[r]++] = static_cast<Accum<T>>(column[r]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
 void scatter_values(const Stream& stream, const Accum<T>* values, const Matrix<T>& weight, int64_t begin,
                     int64_t end) {
   for (int64_t b = 0; b < stream.blocks(); ++b) {
@@ -81,6 +101,8 @@ void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values
 #define INSTANTIATE(T)                                                                                 \
   template void pack_panels<T>(const Matrix<const T>&, int64_t, int64_t, Accum<T>*, int64_t, int64_t); \
   template void gather_values<T>(const Stream&, const Matrix<const T>&, Accum<T>*, int64_t, int64_t);  \
+  template void gather_transposed<T>(const Stream&, const Stream&, const Matrix<const T>&, Accum<T>*,  \
+                                     int64_t, int64_t);                                                \
   template void scatter_values<T>(const Stream&, const Accum<T>*, const Matrix<T>&, int64_t, int64_t); \
   template void spmm<T>(const Stream&, const Accum<T>*, const Accum<T>*, const T*, const Matrix<T>&,   \
                         int64_t, int64_t, int64_t);
