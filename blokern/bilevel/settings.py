@@ -19,7 +19,6 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
     "clip_min": (math.isfinite, "a finite number"),
     "clip_max": (math.isfinite, "a finite number"),
-    "density": (lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None for the default"),
     "gamma": (lambda v: v > 0.0, "a number > 0 (inf: no implicit term), or None for the mode's default"),
     "score_lr": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
     "score_momentum": (lambda v: 0.0 <= v < 1.0, "a number in [0, 1)"),

@@ -8,10 +8,6 @@
 namespace blokern {
 namespace {
 
-// Lanes of the last part where few samples are left.
-template <class A>
-constexpr int64_t kFewLanes = Vector<A>::size > 64 / sizeof(A) ? Vector<A>::size : 64 / sizeof(A);
-
 // Output positions a walk takes at a time: eight vectors of sums hide a multiply-add's latency.
 template <int kVectors>
 constexpr int kPositions = std::max(1, 8 / kVectors);
@@ -26,7 +22,7 @@ void with_vectors(const Part& part, Body&& body) {
   if (part.lanes == kConvLanes<A>)
     body.template operator()<kConvLanes<A> / Vector<A>::size>();
   else
-    body.template operator()<kFewLanes<A> / Vector<A>::size>();
+    body.template operator()<kNarrowLanes<A> / Vector<A>::size>();
 }
 
 // Pixels of a part whose lanes are all in use, samples innermost on both sides; `from_pixel` and `to_pixel`
@@ -109,7 +105,7 @@ Part part_of(const Tiling& tiling, int64_t height, int64_t samples, int64_t tile
   const int64_t tiles = (height + tiling.height - 1) / tiling.height;
   const int64_t first = tile / tiles * kConvLanes<A>, h = tile % tiles * tiling.height;
   const int64_t left = samples - first;
-  const int64_t lanes = left > kFewLanes<A> ? kConvLanes<A> : kFewLanes<A>;
+  const int64_t lanes = left > kNarrowLanes<A> ? kConvLanes<A> : kNarrowLanes<A>;
   return {first, std::min(lanes, left), lanes, h, std::min(tiling.height, height - h)};
 }
 

@@ -62,8 +62,8 @@ struct Places {
   int64_t height, width, row, column;
 };
 
-// Products of row factor a with kCount entries' factors, which the pointers x show; those beyond `count`
-// repeat the last.
+// Lane-wise products of a row's factor with those of kCount entries, summed over places; entries beyond
+// `count` are the last one again.
 template <class A, int kVectors, int kCount>
 BLOKERN_INLINE void products_at(const A* a, const A* b_panel, const int32_t* column, int count,
                                 const Places& places, VectorOf<A> (&products)[Vector<A>::size]) {
