@@ -44,6 +44,7 @@ constexpr const char* kProducts[] = {
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", int[]? dense_grad=None) -> Tensor",
     "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", int[]? dense_grad=None) -> Tensor",
     "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",
+    "conv2d_weight(Tensor grad, Tensor x, int[] geometry, int[] weight_shape, int[] dense_grad) -> Tensor",
 };
 #undef STREAMS
 #undef PLANS

@@ -252,22 +252,34 @@ def _by_weight(
     product: Tensor
     if dense_grad is None:
         product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
-        return product
-    stride, before, dilation = dense_grad[:2], dense_grad[2:4], dense_grad[4:]
-    # Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides.
+    elif x.stride(0) == 1 and x.shape[0] > 1:  # samples innermost: torch would copy both factors
+        product = torch.ops.blokern.conv2d_weight(grad, x, plan[2], weight.shape, dense_grad)
+    else:
+        x, how = _dense_convolution(grad, x, weight.shape, dense_grad)
+        product = torch.ops.aten.convolution_backward(
+            grad, x, weight.detach(), None, *how, [False, True, False]
+        )[1]
+    return product
+
+
+def _dense_convolution(
+    out: Tensor, x: Tensor, weight_shape: Sequence[int], numbers: Sequence[int]
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The input and the arguments from stride on of the torch convolution that has an output like `out`.
+
+    Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added
+    to x.
+    """
+    stride, before, dilation = numbers[:2], numbers[2:4], numbers[4:]
     more = [
-        max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * b)
-        for out, s, d, k, n, b in zip(
-            grad.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
+        max(0, (o - 1) * s + d * (k - 1) + 1 - n - 2 * b)
+        for o, s, d, k, n, b in zip(
+            out.shape[2:], stride, dilation, weight_shape[2:], x.shape[2:], before, strict=True
         )
     ]
     if any(more):
         x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
-    groups = x.shape[1] // weight.shape[1]
-    how = (None, stride, before, dilation, False, [0, 0], groups, [False, True, False])
-    # torch brings any layout into its own, at no more cost than it would take here.
-    _, product, _ = torch.ops.aten.convolution_backward(grad, x, weight.detach(), *how)
-    return product
+    return x, (stride, before, dilation, False, [0, 0], x.shape[1] // weight_shape[1])
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -304,6 +316,25 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _save_dense_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, _, ctx.weight_shape, ctx.numbers = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _dense_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    grad, x = ctx.saved_tensors
+    padded, how = _dense_convolution(grad, x, ctx.weight_shape, ctx.numbers)
+    by_grad = by_x = None
+    if ctx.needs_input_grad[0]:
+        by_grad = torch.ops.aten.convolution(padded, cotangent, None, *how)
+    if ctx.needs_input_grad[1]:
+        product = torch.ops.aten.convolution_backward(
+            grad, padded, cotangent, None, *how, [True, False, False]
+        )[0]
+        by_x = product[:, :, : x.shape[2], : x.shape[3]]
+    return by_grad, by_x, None, None, None
+
+
 def _like(x: Tensor, geometry: list[int]) -> Tensor:
     sizes = rows, height, width = geometry[:3]
     samples = x.shape[0]
@@ -324,6 +355,10 @@ def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     return x.new_empty(plan[-1])
 
 
+def _fake_dense_weight(grad: Tensor, x: Tensor, geometry: list[int], shape: list[int], _: Any) -> Tensor:
+    return x.new_empty(shape)
+
+
 for _name, _fake, _backward_of in (
     ("masked_conv2d", _fake_conv2d, _conv2d_backward),
     ("masked_conv2d_input", _fake_input, _input_backward),
@@ -331,3 +366,7 @@ for _name, _fake, _backward_of in (
 ):
     torch.library.register_fake(f"blokern::{_name}", _fake)
     torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_save)
+torch.library.register_fake("blokern::conv2d_weight", _fake_dense_weight)
+torch.library.register_autograd(
+    "blokern::conv2d_weight", _dense_weight_backward, setup_context=_save_dense_weight
+)

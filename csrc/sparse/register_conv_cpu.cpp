@@ -138,53 +138,126 @@ Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorL
   return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows);
 }
 
-Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
-                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef weight_shape) {
-  const Geometry g(geometry);
+// A tile of the output's gradient and that of the input, packed.
+template <class A>
+struct TilePair {
+  const A *grad, *x;
+  Part part;
+  bool first;  // of the batch
+};
+
+// body(pairs, their share of all) for as many tiles at a time as the last-level cache holds: threads share
+// the packing, then the rows.
+template <class T, class Body>
+void for_each_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, const Tiling& out, Body&& body) {
+  using A = Accum<T>;
+  const Tensor inputs = tileable(x), grads = tileable(grad);
+  const int64_t samples = x.size(0), tiles = count_tiles<A>(g.tiling, g.height, samples);
+  const int64_t out_size = out.channels * out.plane() * kConvLanes<A>;
+  const int64_t size = out_size + g.tiling.channels * g.tiling.plane() * kConvLanes<A>;
+  const int64_t group = std::clamp<int64_t>(kPackedBytes / (size * sizeof(A)), 1, tiles);
+  A* const packed = scratch<A, kFactor>(group * size);
+  std::vector<TilePair<A>> pairs;
+  for (int64_t first = 0; first < tiles; first += group) {
+    const int64_t last = std::min(first + group, tiles), channels = g.rows + g.tiling.channels;
+    pairs.clear();
+    for (int64_t tile = first; tile < last; ++tile) {
+      const A* const to = packed + (tile - first) * size;
+      pairs.push_back({to, to + out_size, part_of<A>(g.tiling, g.height, samples, tile), tile == 0});
+    }
+    at::parallel_for(0, (last - first) * channels, grain(size / channels), [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; ++i) {
+        const int64_t tile = i / channels, channel = i % channels, c = channel - g.rows;
+        A* const to = packed + tile * size;
+        if (c < 0)
+          pack_tile<T>(images<T>(grads), out, pairs[tile].part, to, channel, channel + 1);
+        else
+          pack_tile<T>(images<T>(inputs), g.tiling, pairs[tile].part, to + out_size, c, c + 1);
+      }
+    });
+    body(pairs, samples * g.height * g.width * (last - first) / tiles);
+  }
+}
+
+void check_weight_gradient(const Tensor& grad, const Tensor& x, const Geometry& g) {
   check_images(x, "x", g.tiling.channels);
   check_images(grad, "grad", g.rows);
   check_factor(grad, "grad", x, "x");
+}
+
+// The tiling of the output's gradient.
+Tiling output_tiling(const Geometry& g) {
+  return {g.rows, 0, 0, g.tiling.height, g.width, g.tiling.height, 1};
+}
+
+Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
+                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef weight_shape) {
+  const Geometry g(geometry);
+  check_weight_gradient(grad, x, g);
   Tensor product = at::empty(weight_shape, x.options()).zero_();
   if (x.size(0) == 0) return product;
   const Geometry::Positions p = g.piece(0);
   const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
-  const Tensor inputs = tileable(x), grads = tileable(grad);
-  const Tiling out{g.rows, 0, 0, g.tiling.height, g.width, g.tiling.height, 1};
+  const Tiling out = output_tiling(g);
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
-    const int64_t samples = x.size(0), tiles = count_tiles<A>(g.tiling, g.height, samples);
-    const int64_t out_size = out.channels * out.plane() * kConvLanes<A>;
-    const int64_t size = out_size + g.tiling.channels * g.tiling.plane() * kConvLanes<A>;
-    // As many tiles at a time as the last-level cache holds: threads share the packing, then the rows.
-    const int64_t group = std::clamp<int64_t>(kPackedBytes / (size * sizeof(A)), 1, tiles);
-    A* const packed = scratch<A, kFactor>(group * size);
     A* const values = scratch<A, kValues>(kept_entries(stream));
-    for (int64_t first = 0; first < tiles; first += group) {
-      const int64_t last = std::min(first + group, tiles), channels = g.rows + g.tiling.channels;
-      const auto part = [&](int64_t tile) { return part_of<A>(g.tiling, g.height, samples, tile); };
-      at::parallel_for(0, (last - first) * channels, grain(size / channels), [&](int64_t b, int64_t e) {
-        for (int64_t i = b; i < e; ++i) {
-          const int64_t tile = i / channels, channel = i % channels;
-          A* const to = packed + tile * size;
-          if (channel < g.rows)
-            pack_tile<T>(images<T>(grads), out, part(first + tile), to, channel, channel + 1);
-          else
-            pack_tile<T>(images<T>(inputs), g.tiling, part(first + tile), to + out_size, channel - g.rows,
-                         channel - g.rows + 1);
-        }
+    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
+      over_rows(stream, work, [&](int64_t b, int64_t e) {
+        for (const TilePair<A>& pair : pairs)
+          convolve_weight<A>(stream, pair.grad, out, pair.x, g.tiling, p.step, pair.part, values, !pair.first,
+                             b, e);
       });
-      over_rows(stream, samples * g.height * g.width * (last - first) / tiles, [&](int64_t b, int64_t e) {
-        for (int64_t tile = first; tile < last; ++tile) {
-          const A* const from = packed + (tile - first) * size;
-          convolve_weight<A>(stream, from, out, from + out_size, g.tiling, p.step, part(tile), values,
-                             tile > 0, b, e);
-        }
-      });
-    }
+    });
     Stream places = stream;
     places.column = streams[1].const_data_ptr<int32_t>();
     over_rows(stream, 1, [&](int64_t b, int64_t e) {
       scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
+    });
+  });
+  return product;
+}
+
+Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geometry,
+                     at::IntArrayRef weight_shape, at::IntArrayRef numbers) {
+  const Geometry g(geometry);
+  check_weight_gradient(grad, x, g);
+  Tensor product = at::empty(weight_shape, x.options());
+  if (x.size(0) == 0 || product.numel() == 0) return product.zero_();
+  const at::IntArrayRef dilation = numbers.slice(4);
+  const int64_t own = weight_shape[1], cols = product.numel() / g.rows;
+  const int64_t groups = g.tiling.channels / own, filters = g.rows / groups;
+  std::vector<int32_t> offset;
+  for (int64_t c = 0; c < own; ++c) {
+    for (int64_t h = 0; h < weight_shape[2]; ++h) {
+      for (int64_t w = 0; w < weight_shape[3]; ++w)
+        offset.push_back(c * g.tiling.plane() + h * dilation[0] * g.tiling.width + w * dilation[1]);
+    }
+  }
+  const Tiling out = output_tiling(g);
+  dispatch(x.scalar_type(), [&]<class T>() {
+    using A = Accum<T>;
+    A* const values = scratch<A, kValues>(product.numel());
+    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
+      // Rows are shared out in fours, as the kernel takes them.
+      at::parallel_for(0, groups * ((filters + 3) / 4), grain(4 * cols * work), [&](int64_t b, int64_t e) {
+        const int64_t fours = (filters + 3) / 4;
+        for (const TilePair<A>& pair : pairs) {
+          for (int64_t i = b; i < e;) {
+            const int64_t group = i / fours, last = std::min(e, (group + 1) * fours) - group * fours;
+            const int64_t row = group * filters, begin = 4 * (i - group * fours);
+            convolve_dense_weight<A>(offset.data(), cols, pair.grad + row * out.plane() * pair.part.lanes,
+                                     out, pair.x + group * own * g.tiling.plane() * pair.part.lanes, g.tiling,
+                                     g.piece(0).step, pair.part, values + row * cols, !pair.first, begin,
+                                     std::min(4 * last, filters));
+            i = group * fours + last;
+          }
+        }
+      });
+    });
+    const Matrix<T> to{product.mutable_data_ptr<T>(), cols, 1};
+    at::parallel_for(0, g.rows, grain(cols), [&](int64_t b, int64_t e) {
+      copy_out<A, T>(values + b * cols, cols, {to.at(b, 0), cols, 1}, e - b, cols);
     });
   });
   return product;
@@ -196,6 +269,7 @@ TORCH_LIBRARY_IMPL(blokern, CPU, m) {
   m.impl("masked_conv2d", masked_conv2d);
   m.impl("masked_conv2d_input", masked_conv2d_input);
   m.impl("masked_conv2d_weight", masked_conv2d_weight);
+  m.impl("conv2d_weight", conv2d_weight);
 }
 
 }  // namespace blokern

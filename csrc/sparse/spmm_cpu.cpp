@@ -23,11 +23,11 @@ void pack_panels(const Matrix<const T>& x, int64_t features, int64_t samples, Ac
 template <class T>
 void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>* values, int64_t begin,
                    int64_t end) {
-  for (int64_t b = 0; b < stream.blocks(); ++b) {
-    const int32_t* const start = stream.start + b * stream.rows;
-    for (int64_t r = begin; r < end; ++r) {
-      const T* const row = weight.at(r, 0);
-      for (int32_t i = start[r]; i < start[r + 1]; ++i)
+  for (int64_t r = begin; r < end; ++r) {
+    const T* const row = weight.at(r, 0);
+    for (int64_t b = 0; b < stream.blocks(); ++b) {
+      const int32_t* const start = stream.start + b * stream.rows + r;
+      for (int32_t i = start[0]; i < start[1]; ++i)
         values[i] = static_cast<Accum<T>>(row[stream.column[i] * weight.col_stride]);
     }
   }

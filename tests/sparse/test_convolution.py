@@ -189,10 +189,11 @@ def test_dense_gradients_are_those_by_the_product(case: Case, layout: str) -> No
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
 @pytest.mark.parametrize("kernel", [(2, 4), (3, 3), (4, 3)])
-def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int]) -> None:
+def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int], layout: str) -> None:
     x, weight, mask, _ = Case(3, 4, 5, (7, 6), kernel).tensors()
-    how = {"padding": "same", "dilation": (1, 2)}
+    how, x = {"padding": "same", "dilation": (1, 2)}, LAYOUTS[layout](x)
     ours = dense_derivatives(x, weight, lambda x, w: ops.masked_conv2d(x, w, mask, **how, dense_grad=True))
     for got, exact in zip(
         ours, dense_derivatives(x, weight * mask, lambda x, w: F.conv2d(x, w, **how)), strict=True
@@ -200,9 +201,11 @@ def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int]) ->
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
-def test_dense_gradients_pass_differences() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
+def test_dense_gradients_pass_differences(layout: str) -> None:
     """With a full mask by all, else by x and the output's gradient: a masked weight does not move the output."""
     x, weight, mask, _ = Case(2, 2, 2, (4, 3), (3, 2), groups=2).tensors()
+    x = LAYOUTS[layout](x)
 
     def conv(mask: SparseMask) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, weight: ops.masked_conv2d(x, weight, mask, None, 2, 1, 1, 2, dense_grad=True)
@@ -234,6 +237,9 @@ def test_same_bits_for_any_number_of_threads() -> None:
             torch.set_num_threads(threads)
             y = ops.masked_conv2d(*inputs, mask, None, *case.how)
             outputs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+            inner = LAYOUTS["samples innermost"](x.detach()), inputs[1]
+            y = ops.masked_conv2d(*inner, mask, None, *case.how, dense_grad=True)
+            outputs[-1] += torch.autograd.grad(y.square().sum(), inner[1])
     finally:
         torch.set_num_threads(1)
     for others in outputs[1:]:
@@ -269,6 +275,21 @@ def test_opcheck() -> None:
         opcheck(blokern.masked_conv2d_input.default, by_x)
         opcheck(blokern.masked_conv2d_input.default, (*by_x, dense))
         opcheck(blokern.masked_conv2d_weight.default, (grad, x, *plan, list(weight.shape)))
+        opcheck(blokern.conv2d_weight.default, (grad, x, plan.geometry, list(weight.shape), dense))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_dense_weight_gradients_of_samples_innermost(case: Case, dtype: torch.dtype) -> None:
+    x, weight, mask, _ = case.tensors(dtype)
+    leaf = weight.clone().requires_grad_()
+    y = ops.masked_conv2d(LAYOUTS["samples innermost"](x), leaf, mask, None, *case.how, dense_grad=True)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (got,) = torch.autograd.grad(y, leaf, grad)
+    exact = weight.double().requires_grad_()
+    (want,) = torch.autograd.grad(F.conv2d(x.double(), exact, None, *case.how), exact, grad.double())
+    scale = want.abs().max().item() if want.numel() else 1.0
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
 @pytest.mark.parametrize("dense_grad", [False, True])
