@@ -39,6 +39,10 @@ constexpr const char* kProducts[] = {
     "words_mask(Tensor words, int cols) -> Tensor",
     "transpose_words(Tensor words, int cols) -> Tensor",
     "mask_stream(Tensor words, int cols, int block) -> (Tensor start, Tensor column)",
+    "conv2d_entries(Tensor words, int[] weight, int groups, int[] place, int plane, int block, bool "
+    "transposed)"
+    " -> (Tensor start, Tensor source, Tensor offset)",
+    "count_words(Tensor words) -> Tensor",
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", int[]? dense_grad=None) -> Tensor",

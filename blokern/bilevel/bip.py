@@ -18,7 +18,7 @@ from blokern._names import unknown_name
 from blokern.bilevel.masking import PruningSettings, prunable, select
 from blokern.bilevel.settings import check_numbers
 from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
-from blokern.sparse import MaskedConv2d, MaskedLinear, sparsify
+from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, sparsify
 
 __all__ = ["BiP", "BiPSettings", "ModelLoss", "cross_entropy"]
 
@@ -201,11 +201,10 @@ class BiP:
     def _refresh_masks(self) -> Tensor:
         """Masks of the new scores; returns the share of the bits that changed."""
         changed, total = torch.zeros((), dtype=torch.int64), 0
-        for layer, new in zip(self._layers(), self._select(), strict=True):
-            bits = (layer.mask.to_dense() != new).sum()
-            changed, total = changed + bits, total + new.numel()
-            if bits:  # else what was made of the mask stays good
-                layer.mask.update_(new)
+        for layer, bits in zip(self._layers(), self._select(), strict=True):
+            new = SparseMask(bits)
+            changed, total = changed + layer.mask.differing(new), total + bits.numel()
+            layer.mask.update_(new)
         return changed / total
 
     def _select(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blokern.ops.mask import SparseMask, as_mask, check_mask
+from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
 __all__ = ["Geometry", "Plan", "masked_conv2d", "plan_of"]
 
@@ -122,15 +122,12 @@ def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]
     shifts = _outer(
         [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], width
     )
-    start, column, block = mask.stream()
-    row, taps, own = _rows(start, shape.rows), len(shifts), shape.channels // shape.groups
-    channel = row // (shape.rows // shape.groups) * own + column // taps
-    offset = channel * (rows * width) + shifts[column % taps]
-    source = row * mask.cols + column
     _check_offsets(shape.channels, rows, width)
+    block = block_of(mask.cols, mask.density)
+    entries = _entries(mask, shape, shifts, rows * width, block, transposed=False)
     tiling = [shape.channels, *shape.before, rows, width, height, shape.stride[0]]
     piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[1]]
-    return [start, source.int(), offset.int()], [shape.rows, *shape.out, *tiling, *piece]
+    return [*entries], [shape.rows, *shape.out, *tiling, *piece]
 
 
 def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -142,15 +139,7 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
     height = _tile_height(phases[0][0].length, before[0] + after[0])
     rows, width = (b + n + a for b, n, a in zip(before, (height, phases[1][0].length), after, strict=True))
     _check_offsets(shape.rows, rows, width)
-    own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
-    filters = shape.rows // shape.groups  # of the forward weight, a group
-    # [in, (out of the group, tap)]
-    dense = (
-        mask.to_dense()
-        .view(shape.groups, filters, own, taps)
-        .transpose(1, 2)
-        .reshape(shape.channels, filters, taps)
-    )
+    taps = shape.taps[0] * shape.taps[1]
     streams: list[Tensor] = []
     geometry = [shape.channels, *shape.size, shape.rows, *before, rows, width, height, 1]
     for high in phases[0]:
@@ -159,18 +148,11 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
             shifts = _outer(
                 [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], width
             )
-            part = torch.zeros_like(dense)
-            part[:, :, tap] = dense[:, :, tap]
-            piece = SparseMask(part)
-            start, column, block = piece.stream()
-            place = torch.zeros(taps, dtype=torch.int64)
-            place[tap] = shifts
-            row = _rows(start, shape.channels)
-            group, inner, at = row // own, row % own, column % taps
-            channel = group * filters + column // taps
-            offset = channel * (rows * width) + place[at]
-            source = (channel * own + inner) * taps + at
-            streams += [start, source.int(), offset.int()]
+            block = block_of(shape.rows // shape.groups * taps, mask.density * len(tap) / taps)
+            place = [-1] * taps
+            for t, shift in zip(tap, shifts, strict=True):
+                place[t] = shift
+            streams += _entries(mask, shape, place, rows * width, block, transposed=True)
             geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, 1]
     return streams, geometry
 
@@ -206,16 +188,20 @@ def _phases(shape: Geometry, axis: int) -> Iterator[_Phase]:
         yield _Phase(first, (shape.size[axis] - first + stride - 1) // stride, taps, shifts)
 
 
-def _outer(shifts: list[list[int]], width: int) -> Tensor:
-    """Shifts along both axes as one offset each in a plane of this width; int64 [taps]."""
-    high, wide = (torch.tensor(axis, dtype=torch.int64) for axis in shifts)
-    return (high[:, None] * width + wide).flatten()
+def _outer(shifts: list[list[int]], width: int) -> list[int]:
+    """Shifts along both axes as one offset each in a plane of this width, a tap each."""
+    return [high * width + wide for high in shifts[0] for wide in shifts[1]]
 
 
-def _rows(start: Tensor, rows: int) -> Tensor:
-    """The row of every entry of a stream; int64."""
-    parts = torch.arange(len(start) - 1) % rows
-    return parts.repeat_interleave(start.diff())
+def _entries(
+    mask: SparseMask, shape: Geometry, place: list[int], plane: int, block: int, *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, source and offset of the entries whose tap has a place, in a tile's plane of that size."""
+    weight = [shape.rows, shape.channels // shape.groups, len(place)]
+    entries: tuple[Tensor, Tensor, Tensor] = torch.ops.blokern.conv2d_entries(
+        mask.words, weight, shape.groups, place, plane, block, transposed
+    )
+    return entries
 
 
 def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
@@ -343,6 +329,16 @@ def _like(x: Tensor, geometry: list[int]) -> Tensor:
     return x.new_empty(samples, rows, height, width)
 
 
+def _fake_entries(
+    words: Tensor, weight: list[int], groups: int, place: list[int], plane: int, block: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, own, taps = weight
+    size = (groups * own, rows // groups * taps) if transposed else (rows, own * taps)
+    start = words.new_empty(-(-size[1] // block) * size[0] + 1, dtype=torch.int32)
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return start, start.new_empty(kept), start.new_empty(kept)
+
+
 def _fake_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Any) -> Tensor:
     return _like(x, plan[2])
 
@@ -366,6 +362,7 @@ for _name, _fake, _backward_of in (
 ):
     torch.library.register_fake(f"blokern::{_name}", _fake)
     torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_save)
+torch.library.register_fake("blokern::conv2d_entries", _fake_entries)
 torch.library.register_fake("blokern::conv2d_weight", _fake_dense_weight)
 torch.library.register_autograd(
     "blokern::conv2d_weight", _dense_weight_backward, setup_context=_save_dense_weight

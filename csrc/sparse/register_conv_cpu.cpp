@@ -5,9 +5,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "checks.h"
 #include "sparse/conv.h"
+#include "sparse/conv_entries.h"
 #include "sparse/torch_cpu.h"
 
 namespace blokern {
@@ -72,6 +74,34 @@ void gather(const Stream& stream, const Tensor& source, const Tensor& weight, Ac
 
 Stream piece_stream(at::TensorList streams, size_t piece, int64_t rows, int64_t cols, int64_t block) {
   return stream_of(streams[3 * piece], streams[3 * piece + 2], rows, cols, block);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_entries(const Tensor& words, at::IntArrayRef weight, int64_t groups,
+                                                  at::IntArrayRef place, int64_t plane, int64_t block,
+                                                  bool transposed) {
+  TORCH_CHECK_VALUE(weight.size() == 3 && groups > 0 && weight[0] % groups == 0 && block > 0 &&
+                        static_cast<int64_t>(place.size()) == weight[2],
+                    "weight must be [rows, own, taps] with a place for each tap, got ", weight, " and ",
+                    place);
+  const MaskWords mask = words_of(words, weight[1] * weight[2]);
+  TORCH_CHECK_VALUE(mask.rows == weight[0], "words must have ", weight[0], " rows, got ", words.sizes());
+  const ConvEntries entries{groups, weight[1], weight[2], place.data(), plane, block, transposed};
+  const int64_t rows = stream_rows(mask, entries), cols = stream_cols(mask, entries);
+  const int64_t parts = (cols + block - 1) / block * rows;
+  const int64_t shared = transposed ? entries.own : mask.rows,
+                work = grain(mask.rows * mask.cols / std::max<int64_t>(1, shared));
+  Tensor start = at::empty({parts + 1}, words.options().dtype(at::kInt)).zero_();
+  int32_t* const starts = start.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, shared, work,
+                   [&](int64_t b, int64_t e) { count_entries(mask, entries, starts, b, e); });
+  std::partial_sum(starts, starts + parts + 1, starts);
+  Tensor source = at::empty({starts[parts]}, start.options()),
+         offset = at::empty({starts[parts]}, start.options());
+  at::parallel_for(0, shared, work, [&](int64_t b, int64_t e) {
+    fill_entries(mask, entries, starts, source.mutable_data_ptr<int32_t>(),
+                 offset.mutable_data_ptr<int32_t>(), b, e);
+  });
+  return {start, source, offset};
 }
 
 // streams: start, source and offset of each piece. cols: of the weight as a matrix, for its blocks.
@@ -266,6 +296,7 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blokern, CPU, m) {
+  m.impl("conv2d_entries", conv2d_entries);
   m.impl("masked_conv2d", masked_conv2d);
   m.impl("masked_conv2d_input", masked_conv2d_input);
   m.impl("masked_conv2d_weight", masked_conv2d_weight);

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <tuple>
 
@@ -18,15 +19,6 @@ namespace blokern {
 namespace {
 
 // ---- Masks
-
-MaskWords words_of(const Tensor& words, int64_t cols) {
-  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
-  TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
-                    "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
-                    words.sizes());
-  // The kernels that only read take the same struct.
-  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
-}
 
 Tensor mask_words(const Tensor& mask) {
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "mask must be bool, got ", mask.scalar_type());
@@ -46,6 +38,17 @@ Tensor words_mask(const Tensor& words, int64_t cols) {
   bool* const data = mask.mutable_data_ptr<bool>();
   at::parallel_for(0, from.rows, grain(cols), [&](int64_t b, int64_t e) { unpack_mask(from, data, b, e); });
   return mask;
+}
+
+Tensor count_words(const Tensor& words) {
+  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
+  const Tensor dense = words.contiguous();
+  const auto* const data = static_cast<const uint64_t*>(dense.const_data_ptr());
+  Tensor count = at::empty({}, words.options());
+  *count.mutable_data_ptr<int64_t>() =
+      std::accumulate(data, data + dense.numel(), int64_t(0),
+                      [](int64_t sum, uint64_t word) { return sum + std::popcount(word); });
+  return count;
 }
 
 Tensor transpose_words(const Tensor& words, int64_t cols) {
@@ -178,6 +181,7 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
 TORCH_LIBRARY_IMPL(blokern, CPU, m) {
   m.impl("mask_words", mask_words);
   m.impl("words_mask", words_mask);
+  m.impl("count_words", count_words);
   m.impl("transpose_words", transpose_words);
   m.impl("mask_stream", mask_stream);
   m.impl("spmm", spmm_op);

@@ -42,6 +42,15 @@ inline void check_factor(const Tensor& t, const char* name, const Tensor& like, 
                    like.scalar_type(), ", got ", t.scalar_type());
 }
 
+inline MaskWords words_of(const Tensor& words, int64_t cols) {
+  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
+  TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
+                    "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
+                    words.sizes());
+  // The kernels that only read take the same struct.
+  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+}
+
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
   TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
