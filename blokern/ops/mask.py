@@ -25,6 +25,7 @@ class Stream(NamedTuple):
     start: Tensor
     column: Tensor
     block: int
+    words: Tensor
 
 
 class SparseMask:
@@ -146,7 +147,7 @@ class SparseMask:
                 words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
             block = block_of(cols, self.density)
             start, column = torch.ops.blokern.mask_stream(words, cols, block)
-            return Stream(start, column, block)
+            return Stream(start, column, block, words)
 
         return self.cached(("stream", transposed), make)
 

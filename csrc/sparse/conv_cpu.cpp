@@ -16,9 +16,6 @@ constexpr int kPositions = std::max(1, 8 / kVectors);
 // stay in the second-level cache.
 constexpr int64_t kStrip = 16, kStripRows = 128;
 
-// Outputs of this size are no longer in cache when the next layer reads them: they are written past it.
-constexpr int64_t kUncachedBytes = 8 << 20;
-
 // body<kVectors>() for a part's lanes.
 template <class A, class Body>
 void with_vectors(const Part& part, Body&& body) {
@@ -42,15 +39,6 @@ BLOKERN_INLINE void copy_pixels(const From* from, int64_t from_pixel, To* to, in
         store_vector(to + v * n, load_vector(from + v * n));
     }
   }
-}
-
-// Whether an output is large, and each pixel's samples begin on a vector's boundary.
-template <class T>
-bool goes_past_cache(const Images<T>& y, int64_t rows, int64_t samples) {
-  const auto aligned = [](int64_t elements) { return elements * sizeof(T) % kVectorBytes == 0; };
-  return std::is_same_v<T, Accum<T>> &&
-         rows * y.height * y.width * samples * static_cast<int64_t>(sizeof(T)) >= kUncachedBytes &&
-         reinterpret_cast<uintptr_t>(y.data) % kVectorBytes == 0 && aligned(y.pixel) && aligned(y.channel);
 }
 
 // sums [rows][row's stride `strip`][lanes] ← output positions [w, w_end) of one row, from `origin` on.
@@ -191,7 +179,9 @@ void convolve(const Images<const T>& x, const Tiling& tiling, std::span<const Pi
   using A = Accum<T>;
   A* const tile = scratch<A, kTile>(tiling.channels * tiling.plane() * kConvLanes<A>);
   A* const sums = scratch<A, kSums>(kStripRows * kStrip * kConvLanes<A>);
-  const bool past_cache = goes_past_cache(y, pieces[0].stream.rows, samples);
+  const int64_t planes = pieces[0].stream.rows * y.height * y.width;
+  const bool past_cache =
+      goes_past_cache(y.data, planes * samples, y.pixel) && y.channel * sizeof(T) % kVectorBytes == 0;
   for (int64_t i = begin; i < end; ++i) {
     const Part part = part_of<A>(tiling, pieces[0].height, samples, i);
     pack_tile<T>(x, tiling, part, tile, 0, tiling.channels);

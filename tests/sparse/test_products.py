@@ -271,4 +271,4 @@ def test_wrong_calls_name_the_argument() -> None:
     with pytest.raises(ValueError, match="x must have a dimension of features"):
         ops.masked_linear(torch.tensor(1.0), weight, mask)
     with pytest.raises(ValueError, match=r"the mask's stream is not that of a \[5, 7\] matrix"):
-        torch.ops.blokern.spmm(weight, x.t(), None, *SparseMask(mask[:4]).stream(), None, None, 0)
+        torch.ops.blokern.spmm(weight, x.t(), None, *SparseMask(mask[:4]).stream(), None, None, 0, None)
