@@ -1,4 +1,7 @@
-"""Convolution with a masked weight, for the kept entries only: csrc/sparse/conv.h says how."""
+"""Convolution with a masked weight, for the kept entries only: csrc/sparse/conv.h says how.
+
+Where a mask keeps so much, or a batch is so small, that the dense product is faster, torch makes it: as in products.py.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,7 @@ def masked_conv2d(
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
     plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    dense = [*shape.stride, *shape.before, *shape.dilation] if dense_grad else None
-    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense)
+    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense_grad)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -98,19 +100,23 @@ class Plan(NamedTuple):
     """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
 
     streams: start, source (the entries' places in the weight) and offset (in a tile of the input) of each piece;
-    geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order.
+    geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order. numbers: stride, zeros before, dilation and
+    groups, and words, the mask's, are for dense products.
     """
 
     streams: list[Tensor]
     streams_t: list[Tensor]
     geometry: list[int]
     geometry_t: list[int]
+    numbers: list[int]
+    words: Tensor
 
 
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
     """The plan, made anew; masked_conv2d keeps it with the mask."""
     forward, backward = _forward(mask, shape), _backward(mask, shape)
-    return Plan(forward[0], backward[0], forward[1], backward[1])
+    numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
+    return Plan(forward[0], backward[0], forward[1], backward[1], numbers, mask.words)
 
 
 def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -216,35 +222,28 @@ def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Last comes dense_grad, or the weight's shape where there is no other gradient to choose.
-    *_, streams, streams_t, geometry, geometry_t, ctx.dense_grad = inputs
-    ctx.save_for_backward(*inputs[:2], *streams, *streams_t)
-    ctx.split, ctx.geometry = len(streams), (geometry, geometry_t)
+    *_, streams, streams_t, geometry, geometry_t, numbers, words, ctx.dense_grad = inputs
+    ctx.save_for_backward(*inputs[:2], *streams, *streams_t, words)
+    ctx.split, ctx.numbers = len(streams), (geometry, geometry_t, numbers)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    first, second, *streams = ctx.saved_tensors
-    return first, second, (streams[: ctx.split], streams[ctx.split :], *ctx.geometry)
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Plan]:
+    first, second, *streams, words = ctx.saved_tensors
+    geometry, geometry_t, numbers = ctx.numbers
+    split = ctx.split
+    return first, second, Plan(streams[:split], streams[split:], geometry, geometry_t, numbers, words)
 
 
-def _no_grads(plan: tuple[Any, ...], dense_grad: list[int] | None = None) -> tuple[Any, ...]:
-    # An argument at its default counts as not given.
-    given = () if dense_grad is None else (None,)
-    return [None] * len(plan[0]), [None] * len(plan[1]), None, None, *given
+def _no_grads(plan: Plan) -> tuple[Any, ...]:
+    return [None] * len(plan.streams), [None] * len(plan.streams_t), *[None] * 5
 
 
-def _by_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, plan: tuple[Any, ...], dense_grad: list[int] | None
-) -> Tensor:
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, dense_grad: bool) -> Tensor:
     product: Tensor
-    if dense_grad is None:
+    if not dense_grad:
         product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
-    elif x.stride(0) == 1 and x.shape[0] > 1:  # samples innermost: torch would copy both factors
-        product = torch.ops.blokern.conv2d_weight(grad, x, plan[2], weight.shape, dense_grad)
     else:
-        x, how = _dense_convolution(grad, x, weight.shape, dense_grad)
-        product = torch.ops.aten.convolution_backward(
-            grad, x, weight.detach(), None, *how, [False, True, False]
-        )[1]
+        product = torch.ops.blokern.conv2d_weight(grad, x, plan.geometry, weight.shape, plan.numbers)
     return product
 
 
@@ -256,7 +255,7 @@ def _dense_convolution(
     Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added
     to x.
     """
-    stride, before, dilation = numbers[:2], numbers[2:4], numbers[4:]
+    stride, before, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
     more = [
         max(0, (o - 1) * s + d * (k - 1) + 1 - n - 2 * b)
         for o, s, d, k, n, b in zip(
@@ -265,7 +264,7 @@ def _dense_convolution(
     ]
     if any(more):
         x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
-    return x, (stride, before, dilation, False, [0, 0], x.shape[1] // weight_shape[1])
+    return x, (stride, before, dilation, False, [0, 0], groups)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -276,7 +275,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         torch.ops.blokern.masked_conv2d_input(grad, weight, *plan, dense) if needs_x else None,
         _by_weight(grad, x, weight, plan, dense) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
-        *_no_grads(plan, dense),
+        *_no_grads(plan),
     )
 
 
@@ -287,7 +286,7 @@ def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     return (
         torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan, dense) if needs_grad else None,
         _by_weight(grad, cotangent, weight, plan, dense) if needs_weight else None,
-        *_no_grads(plan, dense),
+        *_no_grads(plan),
     )
 
 
@@ -295,10 +294,9 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, x, plan = _saved(ctx)
     needs_grad, needs_x = ctx.needs_input_grad[:2]
     return (
-        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan) if needs_grad else None,
-        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan) if needs_x else None,
+        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan, False) if needs_grad else None,
+        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan, False) if needs_x else None,
         *_no_grads(plan),
-        None,
     )
 
 

@@ -1,10 +1,14 @@
 // Convolutions with a masked weight on CPU tensors: checks, layouts, threads. Arithmetic: conv_cpu.cpp.
 #include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "checks.h"
@@ -145,9 +149,85 @@ void check_weight(const Tensor& weight, const Tensor& x) {
   check_factor(weight, "weight", x, "x");
 }
 
+// A convolution as torch takes it, for masks that keep so much that the dense product is faster.
+struct DenseConv {
+  at::IntArrayRef stride, before, dilation;
+  int64_t groups;
+
+  explicit DenseConv(at::IntArrayRef numbers)
+      : stride(numbers.slice(0, 2)),
+        before(numbers.slice(2, 2)),
+        dilation(numbers.slice(4, 2)),
+        groups(numbers[6]) {}
+
+  Tensor forward(const Tensor& x, at::IntArrayRef out, const Tensor& weight,
+                 const OptionalTensor& bias) const {
+    const NoAutocast guard(kAutocast);
+    return at::convolution(padded(x, out, weight.sizes()), weight, bias, stride, before, dilation, false,
+                           zeros(), groups);
+  }
+
+  Tensor by_input(const Tensor& grad, at::IntArrayRef size, const Tensor& weight) const {
+    const NoAutocast guard(kAutocast);
+    const auto [rows, cols] = more(size, grad.sizes(), weight.sizes());
+    const Tensor x = at::empty({size[0], size[1], size[2] + rows, size[3] + cols}, grad.options());
+    const Tensor product = std::get<0>(backward(grad, x, weight, {true, false, false}));
+    return product.narrow(2, 0, size[2]).narrow(3, 0, size[3]);
+  }
+
+  Tensor by_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef weight) const {
+    const NoAutocast guard(kAutocast);
+    const Tensor like = at::empty(weight, x.options());
+    return std::get<1>(backward(grad, padded(x, grad.sizes(), weight), like, {false, true, false}));
+  }
+
+ private:
+  static std::array<int64_t, 2> zeros() { return {0, 0}; }
+
+  // Padding to the "same" size may be longer at the end: rows and columns that outputs read beyond the
+  // padding on both sides.
+  std::array<int64_t, 2> more(at::IntArrayRef size, at::IntArrayRef out, at::IntArrayRef weight) const {
+    std::array<int64_t, 2> more{};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t read = (out[2 + i] - 1) * stride[i] + dilation[i] * (weight[2 + i] - 1) + 1;
+      more[i] = std::max<int64_t>(0, read - size[2 + i] - 2 * before[i]);
+    }
+    return more;
+  }
+
+  Tensor padded(const Tensor& x, at::IntArrayRef out, at::IntArrayRef weight) const {
+    const auto [rows, cols] = more(x.sizes(), out, weight);
+    return rows + cols == 0 ? x : at::constant_pad_nd(x, std::array<int64_t, 4>{0, cols, 0, rows});
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                              std::array<bool, 3> wanted) const {
+    return at::convolution_backward(grad, x, weight, at::OptionalIntArrayRef(), stride, before, dilation,
+                                    false, zeros(), groups, wanted);
+  }
+};
+
+// Whether the dense product is faster: measured at ResNet-18's layers. Torch copies samples-innermost tensors
+// first, and ours idles where a batch does not fill its lanes.
+bool dense_pays(const Tensor& weight, int64_t kept, const Tensor& x, int64_t positions, double limit) {
+  const int64_t samples = x.size(0);
+  const int64_t lanes = samples > kNarrowLanes<float> ? kConvLanes<float> : kNarrowLanes<float>;
+  const double used =
+      static_cast<double>(samples) / static_cast<double>((samples + lanes - 1) / lanes * lanes);
+  return may_be_dense(weight, positions * samples) &&
+         static_cast<double>(kept) > limit * used * static_cast<double>(weight.numel());
+}
+
+constexpr double kDenseInnermost = 0.6, kDenseElse = 0.3, kDenseStridedInput = 0.1;
+
+// y in the layout that the kernels give it: x's.
+Tensor laid_out(const Tensor& y, const Tensor& x) {
+  return is_batch_innermost(x) ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous();
+}
+
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef,
-                     at::OptionalIntArrayRef /*dense_grad*/) {
+                     at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
   check_images(x, "x", g.tiling.channels);
   check_weight(weight, x);
@@ -156,15 +236,28 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.rows, "bias must have shape [", g.rows,
                       "], got ", bias->sizes());
   }
+  const double limit = is_batch_innermost(x) ? kDenseInnermost : kDenseElse;
+  if (dense_pays(weight, streams[1].numel(), x, g.height * g.width, limit)) {
+    const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
+    return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
+  }
   return correlate(x, weight, bias, streams, g, weight[0].numel());
 }
 
 Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList streams,
-                           at::IntArrayRef, at::IntArrayRef geometry,
-                           at::OptionalIntArrayRef /*dense_grad*/) {
+                           at::IntArrayRef, at::IntArrayRef geometry, at::IntArrayRef numbers,
+                           const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
   check_images(grad, "grad", g.tiling.channels);
   check_weight(weight, grad);
+  int64_t kept = 0;
+  for (size_t i = 0; i < g.pieces(); ++i) kept += streams[3 * i + 1].numel();
+  const bool strided = g.pieces() > 1;
+  const double limit = is_batch_innermost(grad) ? kDenseInnermost : strided ? kDenseStridedInput : kDenseElse;
+  if (dense_pays(weight, kept, grad, grad.size(2) * grad.size(3), limit)) {
+    const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
+    return laid_out(DenseConv(numbers).by_input(grad, size, masked_weight(weight, words)), grad);
+  }
   return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows);
 }
 
@@ -220,41 +313,15 @@ Tiling output_tiling(const Geometry& g) {
   return {g.rows, 0, 0, g.tiling.height, g.width, g.tiling.height, 1};
 }
 
-Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
-                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef weight_shape) {
-  const Geometry g(geometry);
-  check_weight_gradient(grad, x, g);
-  Tensor product = at::empty(weight_shape, x.options()).zero_();
-  if (x.size(0) == 0) return product;
-  const Geometry::Positions p = g.piece(0);
-  const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
-  const Tiling out = output_tiling(g);
-  dispatch(x.scalar_type(), [&]<class T>() {
-    using A = Accum<T>;
-    A* const values = scratch<A, kValues>(kept_entries(stream));
-    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
-      over_rows(stream, work, [&](int64_t b, int64_t e) {
-        for (const TilePair<A>& pair : pairs)
-          convolve_weight<A>(stream, pair.grad, out, pair.x, g.tiling, p.step, pair.part, values, !pair.first,
-                             b, e);
-      });
-    });
-    Stream places = stream;
-    places.column = streams[1].const_data_ptr<int32_t>();
-    over_rows(stream, 1, [&](int64_t b, int64_t e) {
-      scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
-    });
-  });
-  return product;
-}
-
 Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geometry,
                      at::IntArrayRef weight_shape, at::IntArrayRef numbers) {
   const Geometry g(geometry);
   check_weight_gradient(grad, x, g);
   Tensor product = at::empty(weight_shape, x.options());
   if (x.size(0) == 0 || product.numel() == 0) return product.zero_();
-  const at::IntArrayRef dilation = numbers.slice(4);
+  // Torch would copy samples-innermost factors first.
+  if (!is_batch_innermost(x)) return DenseConv(numbers).by_weight(grad, x, weight_shape);
+  const at::IntArrayRef dilation = DenseConv(numbers).dilation;
   const int64_t own = weight_shape[1], cols = product.numel() / g.rows;
   const int64_t groups = g.tiling.channels / own, filters = g.rows / groups;
   std::vector<int32_t> offset;
@@ -288,6 +355,39 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
     const Matrix<T> to{product.mutable_data_ptr<T>(), cols, 1};
     at::parallel_for(0, g.rows, grain(cols), [&](int64_t b, int64_t e) {
       copy_out<A, T>(values + b * cols, cols, {to.at(b, 0), cols, 1}, e - b, cols);
+    });
+  });
+  return product;
+}
+
+Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
+                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef numbers,
+                            const Tensor& words, at::IntArrayRef weight_shape) {
+  const Geometry g(geometry);
+  check_weight_gradient(grad, x, g);
+  Tensor product = at::empty(weight_shape, x.options());
+  if (x.size(0) == 0) return product.zero_();
+  const double limit = is_batch_innermost(x) ? kDenseInnermost : kDenseElse;
+  if (dense_pays(product, streams[1].numel(), x, g.height * g.width, limit))
+    return masked_weight(conv2d_weight(grad, x, geometry, weight_shape, numbers), words);
+  product.zero_();
+  const Geometry::Positions p = g.piece(0);
+  const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
+  const Tiling out = output_tiling(g);
+  dispatch(x.scalar_type(), [&]<class T>() {
+    using A = Accum<T>;
+    A* const values = scratch<A, kValues>(kept_entries(stream));
+    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
+      over_rows(stream, work, [&](int64_t b, int64_t e) {
+        for (const TilePair<A>& pair : pairs)
+          convolve_weight<A>(stream, pair.grad, out, pair.x, g.tiling, p.step, pair.part, values, !pair.first,
+                             b, e);
+      });
+    });
+    Stream places = stream;
+    places.column = streams[1].const_data_ptr<int32_t>();
+    over_rows(stream, 1, [&](int64_t b, int64_t e) {
+      scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
     });
   });
   return product;

@@ -228,7 +228,7 @@ def test_a_changed_mask_is_seen() -> None:
 
 def test_same_bits_for_any_number_of_threads() -> None:
     case = Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1))
-    x, weight, mask, _ = case.tensors(torch.float32)
+    x, weight, mask, _ = case.tensors(torch.float32, 0.05)  # of more, torch makes some products
     mask[:10] = False
     inputs = [x.requires_grad_(), weight.requires_grad_()]
     outputs = []
@@ -268,14 +268,13 @@ def test_opcheck() -> None:
     leaves = [t.clone().requires_grad_() for t in (x, weight, grad)]
     for layout in (LAYOUTS["contiguous"], LAYOUTS["samples innermost"]):
         x, weight, grad = layout(leaves[0].detach()).requires_grad_(), leaves[1], leaves[2]
-        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan))
-        dense = [*CASES[1].stride, *CASES[1].padding, *CASES[1].dilation]
-        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, dense))
+        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, False))
+        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, True))
         by_x = (layout(grad.detach()).requires_grad_(), weight, *plan)
-        opcheck(blokern.masked_conv2d_input.default, by_x)
-        opcheck(blokern.masked_conv2d_input.default, (*by_x, dense))
+        opcheck(blokern.masked_conv2d_input.default, (*by_x, False))
+        opcheck(blokern.masked_conv2d_input.default, (*by_x, True))
         opcheck(blokern.masked_conv2d_weight.default, (grad, x, *plan, list(weight.shape)))
-        opcheck(blokern.conv2d_weight.default, (grad, x, plan.geometry, list(weight.shape), dense))
+        opcheck(blokern.conv2d_weight.default, (grad, x, plan.geometry, list(weight.shape), plan.numbers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -335,3 +334,30 @@ def test_wrong_calls_name_the_argument() -> None:
         ops.masked_conv2d(x.float(), weight, mask)
     with pytest.raises(TypeError, match="x must be float64, float32 or bfloat16, got Half"):
         ops.masked_conv2d(x.half(), weight.half(), mask)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
+@pytest.mark.parametrize("kept", [0.9, 0.2])
+@pytest.mark.parametrize(
+    "case",
+    [Case(20, 16, 24, (11, 9), (3, 3), (2, 1), (1, 1), groups=2), Case(20, 32, 48, (7, 7), (1, 1), (2, 2))],
+)
+def test_large_products_of_every_density(case: Case, kept: float, layout: str) -> None:
+    """Where much is kept, torch multiplies: same results, same layout, no masked weight read."""
+    check(case, torch.float32, LAYOUTS[layout], kept)
+    x, weight, mask, _ = case.tensors(torch.float32, kept)
+    y = ops.masked_conv2d(LAYOUTS[layout](x), weight, mask, None, *case.how)
+    assert (y.permute(1, 2, 3, 0) if layout == "samples innermost" else y).is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.masked_conv2d(x, weight, mask, None, *case.how).dtype == torch.float32
+    same = {"padding": "same", "dilation": 2}
+    even = torch.randn(24, 16, 2, 4), torch.rand(24, 16, 2, 4) < kept
+    leaves = [torch.randn(20, 16, 11, 9).requires_grad_(), even[0].requires_grad_()]
+    got = ops.masked_conv2d(*leaves, even[1], **same)
+    want = F.conv2d(leaves[0], leaves[1] * even[1], **same)
+    grad = torch.randn(got.shape)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

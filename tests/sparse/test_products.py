@@ -74,6 +74,30 @@ def test_products_are_the_dense_ones(size: tuple[int, int, int], density: float,
     assert_close(ops.sddmm(a, b, mask), torch.where(mask, exact, 0.0), torch.where(mask, terms, 0.0))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("samples", [1, 4, 7, 16, 17, 40])
+@pytest.mark.parametrize("density", [0.02, 0.2, 0.9])
+def test_every_way_of_multiplying(density: float, samples: int, dtype: torch.dtype) -> None:
+    """Few samples read all of the weight, of many torch makes the product where most is kept: same results, no masked
+    weight read, x's layout, and no autocast."""
+    weight, mask, x = factors(187, 390, samples, density, dtype)
+    sparse, poisoned = SparseMask(mask), torch.where(mask, weight, torch.nan)
+    bias = torch.randn(187, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows_first = ops.spmm(poisoned, sparse, x.t().contiguous(), bias)
+    check_spmm(rows_first, weight, mask, x.t(), bias)
+    assert rows_first.is_contiguous()
+    leaves = x.requires_grad_(), poisoned.requires_grad_()
+    y = ops.masked_linear(*leaves, sparse, bias)
+    assert y.is_contiguous()
+    check_spmm(y.detach().t(), weight, mask, x.t(), bias)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    by_x, by_weight = torch.autograd.grad(y, leaves, grad)
+    check_spmm(by_x.t(), weight.t(), mask.t(), grad.t())
+    exact, terms = grad.double().t() @ x.double(), grad.double().abs().t() @ x.double().abs()
+    assert_close(by_weight, torch.where(mask, exact, 0.0), torch.where(mask, terms, 0.0))
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows innermost": lambda t: t.t().contiguous().t(),
     "every second": lambda t: torch.stack([t, t], dim=2)[:, :, 0],
