@@ -26,7 +26,7 @@ from torch import Tensor
 
 from blokern._names import unknown_name
 
-__all__ = ["NAMES", "Batches", "ImageDataset", "Splits", "load"]
+__all__ = ["NAMES", "Batches", "ImageDataset", "Splits", "image_shape", "load"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +181,20 @@ def load(
     return Splits(train=train.subset(train_index), val=train.subset(val_index), test=test)
 
 
+def image_shape(name: str) -> tuple[int, int, int]:
+    """C, H and W of the images of a data set, whose files need not be there. ValueError for an unknown name.
+
+    >>> image_shape("fashion-mnist")
+    (1, 28, 28)
+    """
+    if name.startswith("synthetic"):
+        channels, height, width, _ = _synthetic_size(name)
+        return channels, height, width
+    if name not in _SHAPES:
+        raise unknown_name("name", name, NAMES)
+    return _SHAPES[name]
+
+
 class Batches:
     """Batches of an in-memory data set: float32 images in [0, 1], optionally shuffled and augmented.
 
@@ -325,11 +339,7 @@ def _digits(name: str, data_dir: Path | None) -> _Pair:
 
 def _synthetic(name: str, data_dir: Path | None) -> _Pair:
     """Uniform noise with random labels, always the same: 2048 images to train on, 512 to test on."""
-    shape = name.removeprefix("synthetic").removeprefix(":") or "3x32x32x10"
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
-    if match is None:
-        raise ValueError(f"name: expected synthetic:CxHxWxK, such as synthetic:3x64x64x200, got {name!r}")
-    *size, num_classes = map(int, match.groups())
+    *size, num_classes = _synthetic_size(name)
     generator = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> ImageDataset:
@@ -338,6 +348,16 @@ def _synthetic(name: str, data_dir: Path | None) -> _Pair:
         return ImageDataset(name, images, labels, num_classes, flip=True)
 
     return noise(2048), noise(512)
+
+
+def _synthetic_size(name: str) -> tuple[int, int, int, int]:
+    """C, H, W and the number of classes."""
+    shape = name.removeprefix("synthetic").removeprefix(":") or "3x32x32x10"
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
+    if match is None:
+        raise ValueError(f"name: expected synthetic:CxHxWxK, such as synthetic:3x64x64x200, got {name!r}")
+    channels, height, width, num_classes = map(int, match.groups())
+    return channels, height, width, num_classes
 
 
 def _idx(name: str, data_dir: Path | None, *, flip: bool, installed: Path | None = None) -> _Pair:
@@ -496,6 +516,17 @@ _LOADERS: dict[str, Callable[[str, Path | None], _Pair]] = {
     "svhn": partial(_torchvision, cls="SVHN", num_classes=10, flip=False),
     "tiny-imagenet": _tiny_imagenet,
     "synthetic": _synthetic,
+}
+
+#: Of each but synthetic, C, H and W.
+_SHAPES = {
+    "digits": (1, 8, 8),
+    "fashion-mnist": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "svhn": (3, 32, 32),
+    "tiny-imagenet": (3, 64, 64),
 }
 
 #: The names that :func:`load` knows.

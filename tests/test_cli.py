@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 import yaml
 
 from blokern import __version__, cli, data, models
 from blokern.bilevel import METHODS, OMP, BiP, BiPSettings, Plain, PlainSettings, checkpoint
-from blokern.bilevel.export import load_sparse, save_sparse
+from blokern.bilevel.export import load_sparse
 from blokern.bilevel.masking import prunable
 from blokern.bilevel.trainer import Trainer, TrainSettings
 from blokern.cli import bench, compare, dispatch, evaluate, info, options
@@ -707,61 +706,37 @@ def test_a_layer_that_loses_all_its_weights_is_told_once(tmp_path):
 # --- export -------------------------------------------------------------------------------------------------
 
 
-def test_export_dense_is_a_state_dict_that_computes_the_same(study, tmp_path, capsys):
-    source, file = study / "snip" / "density-0.3" / "seed-0" / "best.pt", tmp_path / "dense.pt"
-    assert cli.main(["export", str(source), "--out", str(file)]) == 0
-    assert f"{file}: {file.stat().st_size:,} bytes" in capsys.readouterr().out
-    payload = checkpoint.load(source)
-    model = models.build(**payload["recipe"]["model"])
-    model.load_state_dict(torch.load(file, weights_only=True))
-    assert sum(int((w != 0).sum()) for w in prunable(model).values()) == kept_weights(source)[0]
-    x = torch.rand(4, 1, 8, 8)
-    torch.testing.assert_close(model.eval()(x), checkpoint.load_model(payload, source).eval()(x))
-
-
-def test_export_sparse_comes_back_bit_for_bit(study, tmp_path):
-    source, file = study / "snip" / "density-0.3" / "seed-0" / "best.pt", tmp_path / "pruned.safetensors"
-    assert cli.main(["export", str(source), "--form=sparse", "--out", str(file)]) == 0
-    with safetensors.safe_open(file, "pt") as stored:
+def test_export_writes_each_form_and_says_how_large_it_is(study, tmp_path, capsys):
+    source = study / "snip" / "density-0.3" / "seed-0" / "best.pt"
+    for form, load in (("dense", torch.load), ("sparse", load_sparse)):
+        file = tmp_path / form
+        assert cli.main(["export", str(source), f"--form={form}", "--out", str(file)]) == 0
         assert (
-            sum(stored.get_tensor(name).numel() for name in prunable_names(source)) == kept_weights(source)[0]
+            capsys.readouterr().out
+            == f"{file}: {file.stat().st_size:,} bytes; {source} has {source.stat().st_size:,}\n"
         )
-    back = checkpoint.load_model(load_sparse(file), file)
-    model = checkpoint.load_model(checkpoint.load(source), source)
-    assert masks_of(back) == masks_of(model)
-    first, second = to_dense(back).state_dict(), to_dense(model).state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        assert load(file)
 
 
-def prunable_names(path):
-    return list(prunable(checkpoint.load_model(checkpoint.load(path), path)))
-
-
-def test_a_sparse_file_that_is_not_one_is_named(study, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="missing"):
-        load_sparse(tmp_path / "missing")
-    (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(checkpoint.CheckpointError, match="text is no safetensors file, or is damaged"):
-        load_sparse(tmp_path / "text")
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
-    with pytest.raises(checkpoint.CheckpointError, match="foreign is no export of blokern: its kind is None"):
-        load_sparse(tmp_path / "foreign")
-
-    source, file = study / "omp" / "density-0.3" / "seed-0" / "best.pt", tmp_path / "pruned"
-    save_sparse(checkpoint.load(source), source, file)
-    with safetensors.safe_open(file, "pt") as stored:
-        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
-    tensors["head.1.weight"] = tensors["head.1.weight"][:-1]
-    safetensors.torch.save_file(tensors, file, metadata)
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"head.1.weight must have \d+ values to fit its mask"
-    ):
-        load_sparse(file)
-
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'blokern\[export\]'"):
-        load_sparse(file)
+def test_export_compacts_pruned_filters_and_tells_why_it_cannot(tmp_path, capsys):
+    assert (
+        cli.main([*prune_command(tmp_path / "a", "omp", density="0.5"), "--granularity=filter", "--width=2"])
+        == 0
+    )
+    run = tmp_path / "a" / "omp" / "density-0.5" / "seed-0"
+    command = ["export", str(run / "best.pt"), "--form=compacted", "--out", str(tmp_path / "small.pt2")]
+    assert cli.main(command) == 0
+    model = checkpoint.load_model(checkpoint.load(run / "best.pt"), run / "best.pt").eval()
+    x = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(torch.export.load(tmp_path / "small.pt2").module()(x), model(x))
+    before = (tmp_path / "small.pt2").read_bytes()
+    message = error(capsys, *command, "--input-shape=3,8,8")
+    assert message.startswith(f"{run / 'best.pt'} takes no images of input_shape (3, 8, 8): ")
+    assert "expected three numbers >= 1, such as 3,32,32" in error(capsys, *command, "--input-shape=8,8")
+    dense = tmp_path / "a" / "dense" / "seed-0" / "best.pt"
+    message = error(capsys, "export", dense, "--form=compacted", "--out", tmp_path / "small.pt2")
+    assert message == f"{dense} cannot be compacted: it has no masks"
+    assert (tmp_path / "small.pt2").read_bytes() == before
 
 
 def test_export_needs_a_checkpoint_with_a_recipe(tmp_path, capsys):
@@ -770,7 +745,7 @@ def test_export_needs_a_checkpoint_with_a_recipe(tmp_path, capsys):
         capsys, "export", tmp_path / "a.pt", "--out", tmp_path / "b"
     )
     checkpoint.save(tmp_path / "a.pt", {"model": {}})
-    for form in ("dense", "sparse"):
+    for form in ("dense", "compacted", "sparse"):
         message = error(capsys, "export", tmp_path / "a.pt", f"--form={form}", "--out", tmp_path / "b")
         assert "does not say how its network is built" in message
 

@@ -21,10 +21,10 @@ from blokern.cli.options import (
     SETTINGS,
     TEST_LIMIT,
     Densities,
+    Integers,
     Number,
     Option,
     Options,
-    Seeds,
     flag,
     make_parser,
     parse,
@@ -74,7 +74,7 @@ def prune(argv: list[str]) -> int:
     parser.add_argument(
         "--density", type=Densities, required=True, help="part of the weights that is kept, such as 0.2,0.1"
     )
-    parser.add_argument("--seeds", type=Seeds, default=Seeds(0), help="such as 0,1,2: runs for each")
+    parser.add_argument("--seeds", type=Integers, default=Integers(0), help="such as 0,1,2: runs for each")
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the results")
     options = parse(parser, argv)
     for name in ("density", "seeds"):
