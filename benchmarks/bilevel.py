@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.race import Case
 from blokern import bilevel, models
 from blokern._memory import keep_freed_memory
+from blokern._race import Case
 
 EPS = 8 / 255
 BATCH = 64

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import attack, bilevel, plot, sparse
-from benchmarks.race import Case, Row, report, run_case, table, write
+from blokern._race import Case, Row, pretty, report, run_case
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "attack": attack.cases,
@@ -37,9 +40,44 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += run_case(case, args.rounds or ROUNDS[suite])
                 print(table(rows[-len(case.rivals) :]), flush=True)
         if args.out is not None:
-            path = write(args.out, report(suite, rows))
+            path = write(args.out, {"suite": suite, "commit": commit(), **report(rows)})
             print(f"\nwritten: {path}, {plot.draw(path)}")
     return 0
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a section a case."""
+    lines: list[str] = []
+    for case in dict.fromkeys(row.case for row in rows):
+        lines += [f"\n### {case}\n", "| | time | × ours | spread | GB/s |", "|---|---:|---:|---:|---:|"]
+        for row in (row for row in rows if row.case == case):
+            name = f"**{row.rival}**" if row.ours else row.rival
+            rate = f"{row.gigabytes_a_second:.1f}" if row.gigabytes_a_second else ""
+            lines.append(
+                f"| {name} | {pretty(row.seconds)} | {row.times_ours:.2f} | ±{row.spread:.0%} | {rate} |"
+            )
+    return "\n".join(lines)
+
+
+def write(folder: Path, result: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['suite']}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def commit() -> str:
+    """The commit measured; "-dirty" if anything but the results that a run itself writes differs from it."""
+    revision = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
+    return (revision or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*words: str) -> str:
+    root = Path(__file__).parent
+    return subprocess.run(
+        ["git", *words], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.race import Case
 from blokern import ops
 from blokern._memory import keep_freed_memory
+from blokern._race import Case
 
 SPARSITIES = (50, 80, 90, 95, 99)
 LINEAR = (2048, 2048)
