@@ -105,6 +105,13 @@ class ImageDataset:
             stds.append(float((frequency * (values - mean) ** 2).sum().sqrt()))
         return tuple(means), tuple(stds)
 
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """The data set with its images and labels on the device.
+
+        >>> data = data.to("cuda")
+        """
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def subset(self, indices: Tensor | Sequence[int]) -> ImageDataset:
         """The images at ``indices`` (integers in [0, N), in that order), copied.
 

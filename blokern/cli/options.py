@@ -178,7 +178,7 @@ def pruning_methods() -> dict[str, tuple[type, type]]:
 
 def train_options() -> list[Option]:
     """Those of TrainSettings, in the words of its docstring."""
-    from blokern.bilevel.trainer import TrainSettings
+    from blokern.bilevel import TrainSettings
 
     words = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(TrainSettings) or "", re.M))
     return [
