@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blokern import bilevel, models
-from blokern._memory import keep_freed_memory
+from blokern import bilevel, keep_freed_memory, models
 from blokern._race import Case
 
 EPS = 8 / 255

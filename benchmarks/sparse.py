@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blokern import ops
-from blokern._memory import keep_freed_memory
+from blokern import keep_freed_memory, ops
 from blokern._race import Case
 
 SPARSITIES = (50, 80, 90, 95, 99)

@@ -46,7 +46,7 @@ def bench_model(argv: list[str]) -> int:
 
     import torch
 
-    from blokern._memory import keep_freed_memory
+    from blokern import keep_freed_memory
     from blokern._race import Case, report, run_case
     from blokern.bilevel import checkpoint
 

@@ -83,7 +83,7 @@ def prune(argv: list[str]) -> int:
         options["methods"], pruning_methods(), lambda name: [*_run_options(), *_method_options(name)]
     )
 
-    from blokern._memory import keep_freed_memory
+    from blokern import keep_freed_memory
     from blokern.cli.study import Study, given_dense, trained_dense
 
     # All are made before the first run: a mistake in the last must not cost the time of the others.

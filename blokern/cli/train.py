@@ -78,8 +78,7 @@ def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = (
     """The run that the options describe, ready to fit, its settings.yaml written."""
     import torch
 
-    from blokern import models
-    from blokern._memory import keep_freed_memory
+    from blokern import keep_freed_memory, models
     from blokern.bilevel import Trainer, TrainSettings
     from blokern.bilevel.checkpoint import write_atomically
 
