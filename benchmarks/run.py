@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import attack, bilevel, plot, sparse
+from benchmarks import attack, bilevel, plot, pruning, sparse
 from blokern._race import Case, Row, pretty, report, run_case
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "attack": attack.cases,
-    "sparse": sparse.cases,
+    "sparse": sparse.quick,
+    "pruning": pruning.cases,
     "bilevel": bilevel.cases,
 }
+#: In their place with --full.
+FULL = {"sparse": sparse.full}
 #: Steps of a network take seconds, ops milliseconds.
-ROUNDS = {"attack": 31, "sparse": 9, "bilevel": 7}
+ROUNDS = {"attack": 31, "sparse": 7, "pruning": 5, "bilevel": 7}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -30,12 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="samples of each rival (default: the suite's own)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument(
+        "--full", action="store_true", help="every layer, batch and sparsity of sparse: hours"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON and PNG (default: none are written)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    for suite in SUITES if args.suite == "all" else [args.suite]:
+    suites = SUITES | (FULL if args.full else {})
+    for suite in suites if args.suite == "all" else [args.suite]:
         rows: list[Row] = []
-        for case in SUITES[suite]():
+        for case in suites[suite]():
             if args.only in case.name:
                 rows += run_case(case, args.rounds or ROUNDS[suite])
                 print(table(rows[-len(case.rivals) :]), flush=True)

@@ -84,9 +84,9 @@ def _time(run: Callable[[], object], repeats: int) -> float:
 
 
 def _repeats(run: Callable[[], object]) -> int:
-    for _ in range(3):  # compile, allocate, warm the caches
+    for _ in range(2):  # compile, allocate, warm the caches
         run()
-    return max(1, round(MIN_SAMPLE_SECONDS / max(_time(run, 3), 1e-9)))
+    return max(1, round(MIN_SAMPLE_SECONDS / max(_time(run, 1), 1e-9)))
 
 
 def pretty(seconds: float) -> str:
