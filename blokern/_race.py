@@ -84,9 +84,9 @@ def _time(run: Callable[[], object], repeats: int) -> float:
 
 
 def _repeats(run: Callable[[], object]) -> int:
-    for _ in range(2):  # compile, allocate, warm the caches
-        run()
-    return max(1, round(MIN_SAMPLE_SECONDS / max(_time(run, 1), 1e-9)))
+    run()  # compile, allocate
+    fastest = min(_time(run, 1) for _ in range(3))  # warms the caches, too
+    return max(1, round(MIN_SAMPLE_SECONDS / max(fastest, 1e-9)))
 
 
 def pretty(seconds: float) -> str:

@@ -37,6 +37,7 @@ __all__ = [
     "pick",
     "run_options",
     "select_device",
+    "set_threads",
     "settings_options",
     "train_options",
 ]
