@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from ops_cases import DTYPES, NORMS, SIZES, TOLERANCE, calls, images
+from threads import check_threads
 from torch import Tensor
 
 from blokern import ops
@@ -250,16 +251,7 @@ def test_free_is_exact() -> None:
 @every_op
 def test_same_bits_for_any_number_of_threads(op: str, norm: str) -> None:
     tensors = images((37, 3, 33, 31))
-    threads = torch.get_num_threads()
-    try:
-        outcomes = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outcomes.append(calls(ops, norm)[op](*tensors))
-    finally:
-        torch.set_num_threads(threads)
-    for other in outcomes[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+    check_threads(lambda: calls(ops, norm)[op](*tensors))
 
 
 class TestRandomStart:
