@@ -55,6 +55,10 @@ def masked_conv2d(
     return y if x.dim() == 4 else y.squeeze(0)
 
 
+# Of csrc/sparse/register_conv_cpu.cpp.
+_RUN_POSITIONS = 16
+
+
 class Geometry(NamedTuple):
     """All that a plan depends on besides the mask: sizes and numbers along height and width."""
 
@@ -114,7 +118,14 @@ class Plan(NamedTuple):
 
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
     """The plan, made anew; masked_conv2d keeps it with the mask."""
-    forward, backward = _forward(mask, shape), _backward(mask, shape)
+    if shape.taps == (1, 1) and shape.stride == (1, 1) and shape.before == (0, 0):
+        # Tiles are runs of pixels, not rows of images.
+        run = shape._replace(size=(1, _RUN_POSITIONS), out=(1, _RUN_POSITIONS))
+        forward, backward = _forward(mask, run), _backward(mask, run)
+        for geometry in (forward[1], backward[1]):
+            geometry[1:3] = shape.out
+    else:
+        forward, backward = _forward(mask, shape), _backward(mask, shape)
     numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
     return Plan(forward[0], backward[0], forward[1], backward[1], numbers, mask.words)
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 # Entries of one row in one block of columns, at least on average: fewer, and a block's partial sums cost more than
 # the block's stay in the first-level cache saves.
 _ENTRIES_A_PART = 8
-_SMALLEST_BLOCK = 128
+_SMALLEST_BLOCK = 192
 
 
 class Stream(NamedTuple):

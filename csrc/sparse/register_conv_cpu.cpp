@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <span>
 
 #include "checks.h"
 #include "sparse/conv.h"
@@ -52,6 +53,9 @@ void check_images(const Tensor& x, const char* name, int64_t channels) {
 }
 
 constexpr int64_t kPackedBytes = 16 << 20;
+
+// Positions in a run of pixels: ops/convolution.py plans tiles of this width.
+constexpr int64_t kRunPositions = 16;
 
 bool is_batch_innermost(const Tensor& x) { return x.stride(0) == 1 && x.size(0) > 1; }
 
@@ -108,9 +112,69 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_entries(const Tensor& words, at::IntAr
   return {start, source, offset};
 }
 
+// ---- 1 × 1 convolutions: a product with every pixel, so that pixels lie in the lanes, in whatever layout,
+// and no plane is padded or transposed. A tile is a run of pixels, kConvLanes of them to a position.
+
+bool is_pointwise(at::IntArrayRef weight, at::IntArrayRef numbers) {
+  const std::array<int64_t, 6> unit{1, 1, 0, 0, 1, 1};
+  return weight[2] == 1 && weight[3] == 1 && std::equal(unit.begin(), unit.begin() + 4, numbers.begin());
+}
+
+struct PixelRun {
+  int64_t image, first;  // its pixel
+  int64_t positions, count;
+  bool across;  // positions are the same pixels of one image after the other, else the next of one image
+};
+
+// Each image's pixels as far as they fill runs, or, of few images, lanes; then the rest, across images. All
+// pixels of samples-innermost tensors are one image.
+template <class A>
+std::vector<PixelRun> pixel_runs(const Tensor& x) {
+  constexpr int64_t lanes = kConvLanes<A>, run = kRunPositions * lanes;
+  const bool one = is_batch_innermost(x);
+  const int64_t images = one ? 1 : x.size(0), pixels = x.size(2) * x.size(3) * (one ? x.size(0) : 1);
+  const int64_t step = images < kRunPositions ? lanes : run, whole = pixels / step * step;
+  std::vector<PixelRun> runs;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t first = 0; first < whole; first += run)
+      runs.push_back({image, first, std::min(kRunPositions, (whole - first) / lanes), lanes, false});
+  }
+  for (int64_t first = whole; first < pixels; first += lanes) {
+    for (int64_t image = 0; image < images; image += kRunPositions)
+      runs.push_back(
+          {image, first, std::min(kRunPositions, images - image), std::min(lanes, pixels - first), true});
+  }
+  return runs;
+}
+
+template <class T>
+Images<const T> pixels(const Tensor& x, const PixelRun& run) {
+  const bool one = is_batch_innermost(x);
+  const int64_t first = (one ? 0 : run.image * x.stride(0)) + run.first;
+  const int64_t next = run.across && !one ? x.stride(0) : kConvLanes<Accum<T>>;
+  return {x.const_data_ptr<T>() + first, 1, x.stride(1), next, 1, run.positions};
+}
+
+template <class T>
+void correlate_pixels(const Tensor& x, const Tiling& tiling, const Piece<T>& piece, const T* bias,
+                      const Tensor& y) {
+  const std::vector<PixelRun> runs = pixel_runs<Accum<T>>(x);
+  const int64_t work = (piece.stream.rows + kept_entries(piece.stream)) * kRunPositions * kConvLanes<float>;
+  at::parallel_for(0, runs.size(), grain(work), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const Images<const T> from = pixels<T>(x, runs[i]), to = pixels<T>(y, runs[i]);
+      Piece<T> of_run = piece;
+      of_run.width = of_run.row = runs[i].positions;
+      convolve<T>(from, tiling, {&of_run, 1}, bias,
+                  {const_cast<T*>(to.data), to.sample, to.channel, to.pixel, to.height, to.width},
+                  runs[i].count, 0, 1);
+    }
+  });
+}
+
 // streams: start, source and offset of each piece. cols: of the weight as a matrix, for its blocks.
 Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTensor& bias,
-                 at::TensorList streams, const Geometry& g, int64_t cols) {
+                 at::TensorList streams, const Geometry& g, int64_t cols, bool pointwise) {
   const Tensor x = tileable(images_in);
   const int64_t samples = x.size(0);
   const std::vector<int64_t> sizes{samples, g.rows, g.height, g.width};
@@ -133,12 +197,13 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
                         p.stride_h * g.width, p.stride_w});
       values += kept_entries(stream);
     }
+    const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
+    if (pointwise) return correlate_pixels<T>(x, g.tiling, pieces[0], offset, y);
     const Images<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1), y.stride(3), g.height, g.width};
     const int64_t tiles = count_tiles<A>(g.tiling, pieces[0].height, samples);
     const int64_t work = (g.rows + entries) * g.height * g.width * samples / tiles;
     at::parallel_for(0, tiles, grain(work), [&](int64_t b, int64_t e) {
-      convolve<T>(images<T>(x), g.tiling, pieces, offsets.defined() ? offsets.const_data_ptr<T>() : nullptr,
-                  out, samples, b, e);
+      convolve<T>(images<T>(x), g.tiling, pieces, offset, out, samples, b, e);
     });
   });
   return y;
@@ -207,18 +272,20 @@ struct DenseConv {
   }
 };
 
-// Whether the dense product is faster: measured at ResNet-18's layers. Torch copies samples-innermost tensors
-// first, and ours idles where a batch does not fill its lanes.
-bool dense_pays(const Tensor& weight, int64_t kept, const Tensor& x, int64_t positions, double limit) {
-  const int64_t samples = x.size(0);
+// Whether the dense product is faster, by the densities from which it is; measured at layers of ResNet-18 and
+// -50. Torch copies samples-innermost tensors first, so that there it is only where a batch does not fill
+// ours' lanes.
+bool dense_pays(const Tensor& weight, int64_t kept, const Tensor& x, at::IntArrayRef numbers, bool by_input) {
+  const int64_t samples = x.size(0), positions = x.size(2) * x.size(3);
   const int64_t lanes = samples > kNarrowLanes<float> ? kConvLanes<float> : kNarrowLanes<float>;
+  const bool pointwise = is_pointwise(weight.sizes(), numbers), strided = numbers[0] * numbers[1] > 1;
   const double used =
-      static_cast<double>(samples) / static_cast<double>((samples + lanes - 1) / lanes * lanes);
+      pointwise ? 1.0
+                : static_cast<double>(samples) / static_cast<double>((samples + lanes - 1) / lanes * lanes);
+  const double limit = is_batch_innermost(x) ? 1.0 : pointwise ? 0.2 : by_input && strided ? 0.1 : 0.3;
   return may_be_dense(weight, positions * samples) &&
          static_cast<double>(kept) > limit * used * static_cast<double>(weight.numel());
 }
-
-constexpr double kDenseInnermost = 0.6, kDenseElse = 0.3, kDenseStridedInput = 0.1;
 
 // y in the layout that the kernels give it: x's.
 Tensor laid_out(const Tensor& y, const Tensor& x) {
@@ -236,12 +303,11 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.rows, "bias must have shape [", g.rows,
                       "], got ", bias->sizes());
   }
-  const double limit = is_batch_innermost(x) ? kDenseInnermost : kDenseElse;
-  if (dense_pays(weight, streams[1].numel(), x, g.height * g.width, limit)) {
+  if (dense_pays(weight, streams[1].numel(), x, numbers, false)) {
     const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
   }
-  return correlate(x, weight, bias, streams, g, weight[0].numel());
+  return correlate(x, weight, bias, streams, g, weight[0].numel(), is_pointwise(weight.sizes(), numbers));
 }
 
 Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList streams,
@@ -252,53 +318,75 @@ Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorL
   check_weight(weight, grad);
   int64_t kept = 0;
   for (size_t i = 0; i < g.pieces(); ++i) kept += streams[3 * i + 1].numel();
-  const bool strided = g.pieces() > 1;
-  const double limit = is_batch_innermost(grad) ? kDenseInnermost : strided ? kDenseStridedInput : kDenseElse;
-  if (dense_pays(weight, kept, grad, grad.size(2) * grad.size(3), limit)) {
+  if (dense_pays(weight, kept, grad, numbers, true)) {
     const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).by_input(grad, size, masked_weight(weight, words)), grad);
   }
-  return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows);
+  return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows,
+                   is_pointwise(weight.sizes(), numbers));
 }
 
-// A tile of the output's gradient and that of the input, packed.
-template <class A>
+// A tile of the output's gradient and that of the input: what they are packed from, and where.
+template <class T>
 struct TilePair {
-  const A *grad, *x;
+  Images<const T> grad_images, x_images;
   Part part;
   bool first;  // of the batch
+  Accum<T>*grad, *x;
 };
 
-// body(pairs, their share of all) for as many tiles at a time as the last-level cache holds: threads share
-// the packing, then the rows.
-template <class T, class Body>
-void for_each_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, const Tiling& out, Body&& body) {
+template <class T>
+std::vector<TilePair<T>> tile_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, bool pointwise) {
   using A = Accum<T>;
-  const Tensor inputs = tileable(x), grads = tileable(grad);
-  const int64_t samples = x.size(0), tiles = count_tiles<A>(g.tiling, g.height, samples);
+  std::vector<TilePair<T>> pairs;
+  const auto add = [&](const Images<const T>& of_grad, const Images<const T>& of_x, const Part& part) {
+    pairs.push_back({of_grad, of_x, part, pairs.empty(), nullptr, nullptr});
+  };
+  if (pointwise) {
+    for (const PixelRun& run : pixel_runs<A>(x))
+      add(pixels<T>(grad, run), pixels<T>(x, run), part_of<A>(g.tiling, 1, run.count, 0));
+  } else {
+    const int64_t samples = x.size(0);
+    for (int64_t tile = 0; tile < count_tiles<A>(g.tiling, g.height, samples); ++tile)
+      add(images<T>(grad), images<T>(x), part_of<A>(g.tiling, g.height, samples, tile));
+  }
+  return pairs;
+}
+
+// body(pairs, positions and samples they have) for as many tiles at a time as the last-level cache holds:
+// threads share the packing, then the rows.
+template <class T, class Body>
+void for_each_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, const Tiling& out, bool pointwise,
+                    Body&& body) {
+  using A = Accum<T>;
+  Tensor inputs = tileable(x), grads = tileable(grad);
+  if (pointwise && is_batch_innermost(inputs) != is_batch_innermost(grads)) {  // runs of pixels in one order
+    inputs = inputs.contiguous();
+    grads = grads.contiguous();
+  }
+  std::vector<TilePair<T>> pairs = tile_pairs<T>(grads, inputs, g, pointwise);
+  const int64_t tiles = pairs.size(), channels = g.rows + g.tiling.channels;
   const int64_t out_size = out.channels * out.plane() * kConvLanes<A>;
   const int64_t size = out_size + g.tiling.channels * g.tiling.plane() * kConvLanes<A>;
   const int64_t group = std::clamp<int64_t>(kPackedBytes / (size * sizeof(A)), 1, tiles);
   A* const packed = scratch<A, kFactor>(group * size);
-  std::vector<TilePair<A>> pairs;
+  for (int64_t i = 0; i < tiles; ++i) {
+    pairs[i].grad = packed + i % group * size;
+    pairs[i].x = pairs[i].grad + out_size;
+  }
   for (int64_t first = 0; first < tiles; first += group) {
-    const int64_t last = std::min(first + group, tiles), channels = g.rows + g.tiling.channels;
-    pairs.clear();
-    for (int64_t tile = first; tile < last; ++tile) {
-      const A* const to = packed + (tile - first) * size;
-      pairs.push_back({to, to + out_size, part_of<A>(g.tiling, g.height, samples, tile), tile == 0});
-    }
-    at::parallel_for(0, (last - first) * channels, grain(size / channels), [&](int64_t b, int64_t e) {
+    const std::span<const TilePair<T>> some(pairs.data() + first, std::min(group, tiles - first));
+    at::parallel_for(0, some.size() * channels, grain(size / channels), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
-        const int64_t tile = i / channels, channel = i % channels, c = channel - g.rows;
-        A* const to = packed + tile * size;
+        const TilePair<T>& pair = some[i / channels];
+        const int64_t channel = i % channels, c = channel - g.rows;
         if (c < 0)
-          pack_tile<T>(images<T>(grads), out, pairs[tile].part, to, channel, channel + 1);
+          pack_tile<T>(pair.grad_images, out, pair.part, pair.grad, channel, channel + 1);
         else
-          pack_tile<T>(images<T>(inputs), g.tiling, pairs[tile].part, to + out_size, c, c + 1);
+          pack_tile<T>(pair.x_images, g.tiling, pair.part, pair.x, c, c + 1);
       }
     });
-    body(pairs, samples * g.height * g.width * (last - first) / tiles);
+    body(some, x.size(0) * g.height * g.width * static_cast<int64_t>(some.size()) / tiles);
   }
 }
 
@@ -309,8 +397,8 @@ void check_weight_gradient(const Tensor& grad, const Tensor& x, const Geometry& 
 }
 
 // The tiling of the output's gradient.
-Tiling output_tiling(const Geometry& g) {
-  return {g.rows, 0, 0, g.tiling.height, g.width, g.tiling.height, 1};
+Tiling output_tiling(const Geometry& g, bool pointwise) {
+  return {g.rows, 0, 0, g.tiling.height, pointwise ? kRunPositions : g.width, g.tiling.height, 1};
 }
 
 Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geometry,
@@ -331,15 +419,16 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
         offset.push_back(c * g.tiling.plane() + h * dilation[0] * g.tiling.width + w * dilation[1]);
     }
   }
-  const Tiling out = output_tiling(g);
+  const bool pointwise = is_pointwise(weight_shape, numbers);
+  const Tiling out = output_tiling(g, pointwise);
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
     A* const values = scratch<A, kValues>(product.numel());
-    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
+    for_each_pairs<T>(grad, x, g, out, pointwise, [&](std::span<const TilePair<T>> pairs, int64_t work) {
       // Rows are shared out in fours, as the kernel takes them.
       at::parallel_for(0, groups * ((filters + 3) / 4), grain(4 * cols * work), [&](int64_t b, int64_t e) {
         const int64_t fours = (filters + 3) / 4;
-        for (const TilePair<A>& pair : pairs) {
+        for (const TilePair<T>& pair : pairs) {
           for (int64_t i = b; i < e;) {
             const int64_t group = i / fours, last = std::min(e, (group + 1) * fours) - group * fours;
             const int64_t row = group * filters, begin = 4 * (i - group * fours);
@@ -367,19 +456,19 @@ Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList 
   check_weight_gradient(grad, x, g);
   Tensor product = at::empty(weight_shape, x.options());
   if (x.size(0) == 0) return product.zero_();
-  const double limit = is_batch_innermost(x) ? kDenseInnermost : kDenseElse;
-  if (dense_pays(product, streams[1].numel(), x, g.height * g.width, limit))
+  if (dense_pays(product, streams[1].numel(), x, numbers, false))
     return masked_weight(conv2d_weight(grad, x, geometry, weight_shape, numbers), words);
   product.zero_();
   const Geometry::Positions p = g.piece(0);
   const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
-  const Tiling out = output_tiling(g);
+  const bool pointwise = is_pointwise(weight_shape, numbers);
+  const Tiling out = output_tiling(g, pointwise);
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
     A* const values = scratch<A, kValues>(kept_entries(stream));
-    for_each_pairs<T>(grad, x, g, out, [&](const std::vector<TilePair<A>>& pairs, int64_t work) {
+    for_each_pairs<T>(grad, x, g, out, pointwise, [&](std::span<const TilePair<T>> pairs, int64_t work) {
       over_rows(stream, work, [&](int64_t b, int64_t e) {
-        for (const TilePair<A>& pair : pairs)
+        for (const TilePair<T>& pair : pairs)
           convolve_weight<A>(stream, pair.grad, out, pair.x, g.tiling, p.step, pair.part, values, !pair.first,
                              b, e);
       });

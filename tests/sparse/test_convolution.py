@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ CASES = [
     Case(3, 4, 6, (7, 9), (3, 3), padding=(1, 1)),
     Case(5, 2, 3, (8, 8), (3, 3), (2, 2), (1, 1), groups=2),
     Case(2, 6, 4, (5, 5), (1, 1)),
+    Case(2, 3, 5, (27, 23), (1, 1), groups=2),
+    Case(19, 2, 3, (25, 23), (1, 1)),
     Case(2, 3, 2, (5, 6), (1, 1), (2, 2), groups=2),
     Case(70, 3, 5, (6, 6), (3, 3), padding=(1, 1)),
     Case(4, 1, 1, (11, 9), (3, 3), (2, 2), (2, 2), (2, 2), groups=4),
@@ -213,6 +216,19 @@ def test_dense_gradients_pass_differences(layout: str) -> None:
     assert torch.autograd.gradcheck(full, leaves)
     assert torch.autograd.gradgradcheck(full, leaves)
     assert torch.autograd.gradgradcheck(conv(SparseMask(mask)), (x, weight))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]])
+def test_gradients_in_another_layout_than_the_input(case: Case) -> None:
+    x, weight, mask, _ = case.tensors()
+    leaf = weight.requires_grad_()
+    want = F.conv2d(x, leaf * mask, None, *case.how)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (exact,) = torch.autograd.grad(want, leaf, grad)
+    for of_x, of_grad in itertools.permutations(LAYOUTS.values(), 2):
+        y = ops.masked_conv2d(of_x(x), leaf, mask, None, *case.how)
+        (got,) = torch.autograd.grad(y, leaf, of_grad(grad))
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-11)
 
 
 def test_a_changed_mask_is_seen() -> None:
