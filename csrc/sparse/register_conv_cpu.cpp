@@ -129,10 +129,10 @@ struct PixelRun {
 // Each image's pixels as far as they fill runs, or, of few images, lanes; then the rest, across images. All
 // pixels of samples-innermost tensors are one image.
 template <class A>
-std::vector<PixelRun> pixel_runs(const Tensor& x) {
+std::vector<PixelRun> pixel_runs(const Tensor& x, bool samples_innermost) {
   constexpr int64_t lanes = kConvLanes<A>, run = kRunPositions * lanes;
-  const bool one = is_batch_innermost(x);
-  const int64_t images = one ? 1 : x.size(0), pixels = x.size(2) * x.size(3) * (one ? x.size(0) : 1);
+  const int64_t images = samples_innermost ? 1 : x.size(0),
+                pixels = x.size(2) * x.size(3) * (x.size(0) / images);
   const int64_t step = images < kRunPositions ? lanes : run, whole = pixels / step * step;
   std::vector<PixelRun> runs;
   for (int64_t image = 0; image < images; ++image) {
@@ -149,16 +149,15 @@ std::vector<PixelRun> pixel_runs(const Tensor& x) {
 
 template <class T>
 Images<const T> pixels(const Tensor& x, const PixelRun& run) {
-  const bool one = is_batch_innermost(x);
-  const int64_t first = (one ? 0 : run.image * x.stride(0)) + run.first;
-  const int64_t next = run.across && !one ? x.stride(0) : kConvLanes<Accum<T>>;
+  const int64_t first = run.image * x.stride(0) + run.first;
+  const int64_t next = run.across ? x.stride(0) : kConvLanes<Accum<T>>;
   return {x.const_data_ptr<T>() + first, 1, x.stride(1), next, 1, run.positions};
 }
 
 template <class T>
 void correlate_pixels(const Tensor& x, const Tiling& tiling, const Piece<T>& piece, const T* bias,
                       const Tensor& y) {
-  const std::vector<PixelRun> runs = pixel_runs<Accum<T>>(x);
+  const std::vector<PixelRun> runs = pixel_runs<Accum<T>>(x, is_batch_innermost(x));
   const int64_t work = (piece.stream.rows + kept_entries(piece.stream)) * kRunPositions * kConvLanes<float>;
   at::parallel_for(0, runs.size(), grain(work), [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
@@ -343,7 +342,7 @@ std::vector<TilePair<T>> tile_pairs(const Tensor& grad, const Tensor& x, const G
     pairs.push_back({of_grad, of_x, part, pairs.empty(), nullptr, nullptr});
   };
   if (pointwise) {
-    for (const PixelRun& run : pixel_runs<A>(x))
+    for (const PixelRun& run : pixel_runs<A>(x, is_batch_innermost(x) && is_batch_innermost(grad)))
       add(pixels<T>(grad, run), pixels<T>(x, run), part_of<A>(g.tiling, 1, run.count, 0));
   } else {
     const int64_t samples = x.size(0);
