@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "sparse/conv.h"
 #include "sparse/conv_entries.h"
+#include "sparse/conv_planes.h"
 #include "sparse/torch_cpu.h"
 
 namespace blokern {
@@ -171,6 +172,34 @@ void correlate_pixels(const Tensor& x, const Tiling& tiling, const Piece<T>& pie
   });
 }
 
+// ---- Few samples
+
+bool is_planar(const Tensor& x, const Geometry& g) {
+  return x.size(0) <= kPlanesSamples && !is_batch_innermost(x) && g.pieces() == 1 && g.tiling.row_step == 1 &&
+         g.piece(0).step == 1;
+}
+
+template <class T>
+void correlate_planes(const Tensor& x, const Tiling& tiling, const Piece<T>& piece, const T* bias,
+                      const Tensor& y) {
+  const Images<const T> from = images<T>(x);
+  const int64_t rows = piece.stream.rows, tiles = (piece.height + tiling.height - 1) / tiling.height;
+  const int64_t planes = x.size(0) * tiles;
+  // Where tiles are fewer than threads, they share a tile's output channels.
+  const int64_t shares =
+      std::clamp<int64_t>(2 * at::get_num_threads() / planes, 1, std::max<int64_t>(1, rows / 8));
+  const int64_t work = (rows + kept_entries(piece.stream)) * tiling.height * piece.width / shares;
+  at::parallel_for(0, planes * shares, grain(work), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t image = i / shares / tiles, h = i / shares % tiles * tiling.height, share = i % shares;
+      convolve_planes<T>(
+          {from.data + image * from.sample, 0, from.channel, 1, from.height, from.width}, tiling, piece, bias,
+          {y.mutable_data_ptr<T>() + image * y.stride(0), 0, y.stride(1), 1, piece.height, piece.width}, h,
+          rows * share / shares, rows * (share + 1) / shares);
+    }
+  });
+}
+
 // streams: start, source and offset of each piece. cols: of the weight as a matrix, for its blocks.
 Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTensor& bias,
                  at::TensorList streams, const Geometry& g, int64_t cols, bool pointwise) {
@@ -198,6 +227,7 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
     }
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
     if (pointwise) return correlate_pixels<T>(x, g.tiling, pieces[0], offset, y);
+    if (is_planar(x, g)) return correlate_planes<T>(x, g.tiling, pieces[0], offset, y);
     const Images<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1), y.stride(3), g.height, g.width};
     const int64_t tiles = count_tiles<A>(g.tiling, pieces[0].height, samples);
     const int64_t work = (g.rows + entries) * g.height * g.width * samples / tiles;
@@ -271,19 +301,24 @@ struct DenseConv {
   }
 };
 
+enum class Product { kOutput, kByInput, kByWeight };
+
 // Whether the dense product is faster, by the densities from which it is; measured at layers of ResNet-18 and
 // -50. Torch copies samples-innermost tensors first, so that there it is only where a batch does not fill
 // ours' lanes.
-bool dense_pays(const Tensor& weight, int64_t kept, const Tensor& x, at::IntArrayRef numbers, bool by_input) {
+bool dense_pays(Product product, const Tensor& weight, int64_t kept, const Tensor& x,
+                at::IntArrayRef numbers) {
   const int64_t samples = x.size(0), positions = x.size(2) * x.size(3);
-  const int64_t lanes = samples > kNarrowLanes<float> ? kConvLanes<float> : kNarrowLanes<float>;
   const bool pointwise = is_pointwise(weight.sizes(), numbers), strided = numbers[0] * numbers[1] > 1;
-  const double used =
-      pointwise ? 1.0
-                : static_cast<double>(samples) / static_cast<double>((samples + lanes - 1) / lanes * lanes);
-  const double limit = is_batch_innermost(x) ? 1.0 : pointwise ? 0.2 : by_input && strided ? 0.1 : 0.3;
+  const bool planar = samples <= kPlanesSamples && !strided && product != Product::kByWeight;
+  double limit = planar ? 0.35 : pointwise ? 0.2 : strided && product == Product::kByInput ? 0.1 : 0.3;
+  if (is_batch_innermost(x)) limit = 1.0;
+  if (!pointwise && (!planar || is_batch_innermost(x))) {
+    const int64_t lanes = samples > kNarrowLanes<float> ? kConvLanes<float> : kNarrowLanes<float>;
+    limit *= static_cast<double>(samples) / static_cast<double>((samples + lanes - 1) / lanes * lanes);
+  }
   return may_be_dense(weight, positions * samples) &&
-         static_cast<double>(kept) > limit * used * static_cast<double>(weight.numel());
+         static_cast<double>(kept) > limit * static_cast<double>(weight.numel());
 }
 
 // y in the layout that the kernels give it: x's.
@@ -302,7 +337,7 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.rows, "bias must have shape [", g.rows,
                       "], got ", bias->sizes());
   }
-  if (dense_pays(weight, streams[1].numel(), x, numbers, false)) {
+  if (dense_pays(Product::kOutput, weight, streams[1].numel(), x, numbers)) {
     const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
   }
@@ -317,7 +352,7 @@ Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorL
   check_weight(weight, grad);
   int64_t kept = 0;
   for (size_t i = 0; i < g.pieces(); ++i) kept += streams[3 * i + 1].numel();
-  if (dense_pays(weight, kept, grad, numbers, true)) {
+  if (dense_pays(Product::kByInput, weight, kept, grad, numbers)) {
     const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).by_input(grad, size, masked_weight(weight, words)), grad);
   }
@@ -455,7 +490,7 @@ Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList 
   check_weight_gradient(grad, x, g);
   Tensor product = at::empty(weight_shape, x.options());
   if (x.size(0) == 0) return product.zero_();
-  if (dense_pays(product, streams[1].numel(), x, numbers, false))
+  if (dense_pays(Product::kByWeight, product, streams[1].numel(), x, numbers))
     return masked_weight(conv2d_weight(grad, x, geometry, weight_shape, numbers), words);
   product.zero_();
   const Geometry::Positions p = g.piece(0);

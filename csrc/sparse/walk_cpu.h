@@ -11,10 +11,10 @@
 namespace blokern {
 
 // to [end - begin][kPositions][lanes], its rows `to_row` elements apart, ← bias + the sums of rows [begin,
-// end), lanes = kVectors vectors. The panel holds, at column[i] · lanes, what the stream's i-th entry
+// end), lanes = kVectors vectors. The panel holds, at column[i] · kPitch, what the stream's i-th entry
 // multiplies at the first position; the next are `step` elements on. Chains of sums of their own hide a
 // multiply-add's latency where there are few.
-template <class A, class T, int kVectors, int kPositions>
+template <class A, class T, int kVectors, int kPositions, int kPitch = kVectors * Vector<A>::size>
 void multiply(const Stream& stream, const A* values, const A* panel, int64_t step, const T* bias, A* to,
               int64_t to_row, int64_t begin, int64_t end) {
   constexpr int n = Vector<A>::size, lanes = kVectors * n;
@@ -33,7 +33,7 @@ void multiply(const Stream& stream, const A* values, const A* panel, int64_t ste
       int32_t i = start[r];
       const auto add = [&](int chain) {
         const VectorOf<A> weight = broadcast(values[i]);
-        const A* const x = panel + static_cast<int64_t>(stream.column[i]) * lanes;
+        const A* const x = panel + static_cast<int64_t>(stream.column[i]) * kPitch;
         for (int p = 0; p < kPositions; ++p) {
           for (int v = 0; v < kVectors; ++v)
             sum[chain][p][v] = multiply_add(weight, load_vector(x + p * step + v * n), sum[chain][p][v]);

@@ -63,6 +63,7 @@ CASES = [
     Case(3, 2, 2, (9, 9), (2, 2), (3, 3), (0, 0), (2, 2)),
     Case(2, 3, 140, (6, 5), (3, 2), (1, 2), (0, 1), (2, 1)),
     Case(2, 80, 3, (3, 3), (3, 3), padding=(2, 2)),
+    Case(1, 5, 9, (11, 37), (3, 5), padding=(1, 2), dilation=(2, 1)),
     Case(0, 2, 3, (4, 4), (3, 3)),
 ]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,8 +241,15 @@ def test_a_changed_mask_is_seen() -> None:
     torch.testing.assert_close(got, reference.masked_conv2d(x, weight, ~mask, None, *CASES[0].how))
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    case = Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1)),
+        Case(1, 60, 90, (9, 19), (3, 3), (1, 1), (1, 1)),
+        Case(40, 60, 90, (5, 19), (1, 1)),
+    ],
+)
+def test_same_bits_for_any_number_of_threads(case: Case) -> None:
     x, weight, mask, _ = case.tensors(torch.float32, 0.05)  # of more, torch makes some products
     mask[:10] = False
     inputs = [x.requires_grad_(), weight.requires_grad_()]
