@@ -48,7 +48,7 @@ class Op:
     #: The slots that the rules know derivatives in; None: all. A tape that needs another is refused.
     differentiable: ClassVar[tuple[int, ...] | None] = None
     #: Whether the rules take tangents and adjoints with a leading dimension themselves; else they are vmapped.
-    stacks: ClassVar[bool] = False
+    stacks: bool = False
     #: Whether they cannot be vmapped either, and are called once a vector.
     loops: ClassVar[bool] = False
 
@@ -87,6 +87,21 @@ class Op:
     ) -> Sequence[Maybe]:
         """The tangents of what `adjoint` gives: fᵀ ġ + ḟᵀ g. Of curved ops only, and only these need it."""
         raise NotImplementedError
+
+    def both(
+        self,
+        grad: Tensor,
+        grad_dot: Maybe,
+        tangents: Sequence[Maybe],
+        inner: Sequence[bool],
+        wanted: Sequence[bool],
+    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
+        """adjoint(grad, inner) and adjoint_tangent(…, wanted), which some ops do at less cost than one by one."""
+        return self.adjoint(grad, inner), self.adjoint_tangent(grad, grad_dot, tangents, wanted)
+
+    def followed_by(self, later: Op) -> Op | None:
+        """One op that does this one and a later, which alone reads this one's output; None if there is none."""
+        return None
 
     def to_operand(self, grad: Tensor, slot: int) -> Tensor:
         """grad summed over what broadcasting added to the slot's tensor, in its dtype."""

@@ -99,18 +99,26 @@ class TapeProducts:
             grad = grads.pop(op.output, None) if self._adjoints is None else self._adjoints.get(op.output)
             dot = dots.pop(op.output, None)
             wanted = [v is not None and bool(tape.depends[v] & leaves) for v in op.inputs]
-            if grad is not None and self._adjoints is None:
-                inner = [want and v in tape.bent for want, v in zip(wanted, op.inputs, strict=True)]
+            at = _values(tangents, op.inputs)
+            bends = op.curved and grad is not None and any(t is not None for t in at)
+            inner = [want and v in tape.bent for want, v in zip(wanted, op.inputs, strict=True)]
+            if self._adjoints is not None or grad is None or not any(inner):
+                self._bend_one(op, grad if bends else None, dot, at, wanted, dots, stack)
+            elif bends and op.stacks:
+                slots, dot_slots = op.both(grad, dot, at, inner, wanted)
+                _accumulate(grads, op.inputs, slots, inner)
+                _accumulate(dots, op.inputs, dot_slots, wanted)
+            else:
                 self._pull(op, grad, grads, inner)
-            self._push_dots(op, grad, dot, _values(tangents, op.inputs), wanted, dots, stack)
+                self._bend_one(op, grad if bends else None, dot, at, wanted, dots, stack)
             if not keep:
                 op.saved = []
                 if self._adjoints is not None:
                     self._adjoints.pop(op.output, None)
         return dots
 
-    def _push_dots(
-        self,
+    @staticmethod
+    def _bend_one(
         op: Op,
         grad: Maybe,
         dot: Maybe,
@@ -119,13 +127,13 @@ class TapeProducts:
         dots: Values,
         stack: bool,
     ) -> None:
-        bends = op.curved and grad is not None and any(t is not None for t in tangents)
-        if not any(wanted) or (dot is None and not bends):
+        """With grad None, of an op that does not bend here: the adjoint of dot."""
+        if not any(wanted) or (dot is None and grad is None):
             return
-        if bends:
-            slots = _each(op, lambda d, *t: op.adjoint_tangent(grad, d, t, wanted), (dot, *tangents), stack)
-        else:
+        if grad is None:
             slots = _each(op, lambda d: op.adjoint(d, wanted), (dot,), stack)
+        else:
+            slots = _each(op, lambda d, *t: op.adjoint_tangent(grad, d, t, wanted), (dot, *tangents), stack)
         _accumulate(dots, op.inputs, slots, wanted)
 
     def _adjoint_sweep(self, ops: Sequence[Op], grads: Values, keep: bool, stack: bool) -> Values:

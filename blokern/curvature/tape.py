@@ -10,6 +10,7 @@ tensor that does not require grad is a constant, however it was made: detached, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -52,11 +53,14 @@ class Tape:
         for op in reversed(ops):
             if op.output in needed:
                 needed.update(op.inputs)
-        self.ops = [op for op in ops if op.output in needed]
-        self.split = sum(op.output in needed for op in ops[:split])
         self.outputs = [value for value in outputs if value in needed]
         self.parameters = {name: value for name, value in parameters.items() if value in needed}
         self.x = x if x in needed else None
+        live = [op for op in ops if op.output in needed]
+        reads = Counter([*self.outputs, *(value for op in live for value in op.inputs)])
+        model = _fused([op for op in ops[:split] if op.output in needed], reads)
+        self.ops = model + _fused([op for op in ops[split:] if op.output in needed], reads)
+        self.split = len(model)
         #: Of each value, what it depends on.
         self.depends: dict[int, int] = dict.fromkeys(parameters.values(), PARAMETER)
         if x is not None:
@@ -96,6 +100,20 @@ class Tape:
                         f"a tensor of shape {tuple(t.shape)} that {op.func} read or made was changed in place since "
                         "the forward pass (a parameter, by an optimizer's step?): linearize again"
                     )
+
+
+def _fused(ops: Sequence[Op], reads: Counter[int | None]) -> list[Op]:
+    """The ops, with one for two where there is such a one and nobody else reads what lies between."""
+    made: dict[int, Op] = {}
+    for op in ops:
+        between = op.inputs[0]
+        if between is not None and between in made and reads[between] == 1:
+            both = made[between].followed_by(op)
+            if both is not None:
+                both.inputs, both.output = made.pop(between).inputs, op.output
+                op = both
+        made[op.output] = op
+    return [*made.values()]
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

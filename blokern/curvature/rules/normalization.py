@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, add, wide
 
 __all__ = ["RULES"]
@@ -118,6 +119,8 @@ class Normalization(Op):
 
 
 class BatchNorm(Normalization):
+    """Batch normalisation, and a ReLU that follows and alone reads its output: on the CPU by kernels of their own."""
+
     def setup(
         self,
         out: Tensor,
@@ -131,6 +134,8 @@ class BatchNorm(Normalization):
         eps: float,
     ) -> Sequence[Tensor]:
         self.own_statistics = training
+        self.weighted, self.gated = weight is not None, False
+        self.stacks = x.device.type == "cpu"
         self.view = x.shape
         self.dims = self.weight_dims = [d for d in range(x.dim()) if d != 1]
         self.statistics_view = self.weight_view = [1, x.shape[1], *[1] * (x.dim() - 2)]
@@ -141,29 +146,101 @@ class BatchNorm(Normalization):
             self.mean, self.rstd = running_mean.clone(), torch.rsqrt(running_var + eps)
         return self._saves(x, weight)
 
-    def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
-        x, mean, rstd, *weight = self.saved
-        gamma = weight[0] if weight else None
-        want = [wanted[0], gamma is not None and wanted[1], gamma is not None and wanted[2]]
-        if not self.own_statistics:
-            return self._eval_adjoint(grad, gamma, mean, rstd, x, want)
-        # Given mean and rstd, eps is not read.
-        slots: Sequence[Maybe] = aten.native_batch_norm_backward(
-            grad, x, gamma, None, None, mean, rstd, True, 0.0, want
-        )
-        return slots
+    def followed_by(self, later: Op) -> Op | None:
+        if not self.stacks or later.func is not aten.relu.default:
+            return None
+        self.saved += later.saved
+        self.gated = True
+        return self
 
-    def _eval_adjoint(
-        self, grad: Tensor, gamma: Maybe, mean: Tensor, rstd: Tensor, x: Tensor, want: Sequence[bool]
-    ) -> Sequence[Maybe]:
-        g = wide(grad)
-        scale = (wide(rstd) if gamma is None else wide(gamma) * wide(rstd)).reshape(self.statistics_view)
-        normal = self._values()[0] if want[1] else None
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x, μ, r, γ and the ReLU's output."""
+        x, mean, rstd = self.saved[:3]
+        return x, mean, rstd, self.saved[3] if self.weighted else None, self.saved[-1] if self.gated else None
+
+    def tangent(self, *tangents: Maybe) -> Maybe:
+        if not self.stacks:
+            return super().tangent(*tangents)
+        x, mean, rstd, weight, gate = self._statistics()
+        x_dot, weight_dot, bias_dot = tangents[:3]
+        if x_dot is None:
+            x_dot = _zeros(x, weight_dot if bias_dot is None else bias_dot, 1)
+        how = {"gate": gate, "train": self.own_statistics}
+        return ops.batch_norm_tangent(x, x_dot, mean, rstd, weight, weight_dot, bias_dot, **how)
+
+    def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
+        x, mean, rstd, weight, gate = self._statistics()
+        if not self.stacks:
+            return self._plain_adjoint(grad, weight, wanted)
+        bars = ops.batch_norm_adjoint(grad, x, mean, rstd, weight, gate=gate, train=self.own_statistics)
+        return self._slots(bars, wanted)
+
+    def _plain_adjoint(self, grad: Tensor, weight: Maybe, wanted: Sequence[bool]) -> Sequence[Maybe]:
+        g, (normal, rstd, gamma) = wide(grad), self._values()
+        h = g if gamma is None else gamma * g
         return (
-            self._back(g * scale if want[0] else None, 0),
-            self._back(None if normal is None else (g * normal).sum(self.dims), 1),
-            self._back(g.sum(self.dims) if want[2] else None, 2),
+            self._back(rstd * self._project(h, normal) if wanted[0] else None, 0),
+            self._back((g * normal).sum(self.dims) if wanted[1] else None, 1),
+            self._back(g.sum(self.dims) if wanted[2] else None, 2),
         )
+
+    def adjoint_tangent(
+        self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        if not self.stacks:
+            return super().adjoint_tangent(grad, grad_dot, tangents, wanted)
+        return self._bars(grad, grad_dot, tangents, wanted, False)[1]
+
+    def both(
+        self,
+        grad: Tensor,
+        grad_dot: Maybe,
+        tangents: Sequence[Maybe],
+        inner: Sequence[bool],
+        wanted: Sequence[bool],
+    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
+        if any(inner[1:]):  # γ or β is itself computed: rare
+            return super().both(grad, grad_dot, tangents, inner, wanted)
+        return self._bars(grad, grad_dot, tangents, wanted, inner[0])
+
+    def _bars(
+        self,
+        grad: Maybe,
+        grad_dot: Maybe,
+        tangents: Sequence[Maybe],
+        wanted: Sequence[bool],
+        adjoint: bool,
+    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
+        x, mean, rstd, weight, gate = self._statistics()
+        x_dot, weight_dot = tangents[:2]
+        like = next(t for t in (x_dot, grad_dot, weight_dot) if t is not None)
+        dims = 1 if like is weight_dot else x.dim()
+        x_bar, *bars = ops.batch_norm_adjoint_tangent(
+            torch.zeros_like(x) if grad is None else grad,
+            _zeros(x, like, dims) if grad_dot is None else grad_dot,
+            x,
+            _zeros(x, like, dims) if x_dot is None else x_dot,
+            mean,
+            rstd,
+            weight,
+            weight_dot,
+            gate=gate,
+            train=self.own_statistics,
+            adjoint=adjoint,
+        )
+        return (x_bar if adjoint else None, None, None), self._slots(bars, wanted)
+
+    def _slots(self, bars: Sequence[Tensor], wanted: Sequence[bool]) -> Sequence[Maybe]:
+        return [
+            bar.to(meta.dtype) if want and meta is not None else None
+            for bar, want, meta in zip(bars, wanted, self.metas, strict=False)
+        ]
+
+
+def _zeros(x: Tensor, like: Maybe, dims: int) -> Tensor:
+    """In the place of a tangent of x: of a stack if `like` is one, which else has `dims` dimensions."""
+    assert like is not None
+    return x.new_zeros(*like.shape[: like.dim() - dims], *x.shape)
 
 
 class LayerNorm(Normalization):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from blokern.curvature.op import Maybe, Op, Rule, add
+from blokern.curvature.op import Maybe, Op, Rule
 
 __all__ = ["RULES", "Bilinear"]
 
@@ -46,7 +46,7 @@ class Bilinear(Op):
 
     def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
         """B_b(ġ, a) + B_b(g, ȧ): where it pays, as one product of twice the samples."""
-        return self.by_b(grad_dot, a) + self.by_b(grad, a_dot)
+        return self.by_b(grad_dot, a).add_(self.by_b(grad, a_dot))
 
     def by_term(self, grad: Tensor) -> Tensor:
         assert self.slot_c is not None
@@ -56,7 +56,7 @@ class Bilinear(Op):
         a, b = self.saved
         a_dot, b_dot = tangents[self.slot_a], tangents[self.slot_b]
         c_dot = None if self.slot_c is None else tangents[self.slot_c]
-        y_dot = add(
+        y_dot = _joined(
             None if a_dot is None else self.product(a_dot, b),
             None if b_dot is None else self.product(a, b_dot),
         )
@@ -64,7 +64,7 @@ class Bilinear(Op):
         c_dot = _scaled(c_dot, self.term_scale)
         if y_dot is None:
             return None if c_dot is None else self.to_output(self.as_output(c_dot))
-        return y_dot if c_dot is None else y_dot + self.as_output(c_dot)
+        return y_dot if c_dot is None else y_dot.add_(self.as_output(c_dot))
 
     def as_output(self, c: Tensor) -> Tensor:
         """c in a shape that broadcasts to the output."""
@@ -93,7 +93,7 @@ class Bilinear(Op):
             slots[self.slot_c] = _scaled(self.by_term(grad_dot), self.term_scale)
         grad, grad_dot = _scaled(grad, self.scale), _scaled(grad_dot, self.scale)
         if wanted[self.slot_a]:
-            slots[self.slot_a] = add(
+            slots[self.slot_a] = _joined(
                 None if grad_dot is None else self.by_a(grad_dot, b),
                 None if grad is None or b_dot is None else self.by_a(grad, b_dot),
             )
@@ -105,6 +105,11 @@ class Bilinear(Op):
             else:
                 slots[self.slot_b] = self.by_b_twice(grad_dot, a, grad, a_dot)
         return slots
+
+
+def _joined(first: Maybe, second: Maybe) -> Maybe:
+    """The sum of two products, in the first's memory."""
+    return second if first is None else first if second is None else first.add_(second)
 
 
 def _scaled(t: Maybe, factor: float) -> Maybe:
@@ -205,6 +210,12 @@ class Convolution(Bilinear):
         weight = self.saved[1]  # as x above
         out: Tensor = aten.convolution_backward(grad, a, weight, None, *self.how, (False, True, False))[1]
         return out
+
+    def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
+        # Reading the samples once more to join them costs less than a second gradient only where that is larger.
+        if self.saved[1].numel() < a.numel() + grad.numel():
+            return super().by_b_twice(grad_dot, a, grad, a_dot)
+        return self.by_b(torch.cat([grad_dot, grad]), torch.cat([a, a_dot]))
 
     def by_term(self, grad: Tensor) -> Tensor:
         return grad.sum([d for d in range(grad.dim()) if d != 1])
