@@ -71,6 +71,23 @@ constexpr const char* kSteps[] = {
     " float lr, float momentum, float weight_decay) -> ()",
 };
 
+// Batch normalisation's derivatives; statistics and γ are [C]. Tangents, or the adjoint alone, may be stacks
+// of vectors, and results then are; gate: the output of a ReLU that follows; weight_bar and bias_bar are
+// float64.
+#define STATISTICS "Tensor mean, Tensor rstd, Tensor? weight"
+constexpr const char* kCurvature[] = {
+    "batch_norm_tangent(Tensor x, Tensor x_dot, " STATISTICS
+    ", Tensor? weight_dot, Tensor? bias_dot,"
+    " Tensor? gate, bool train) -> Tensor",
+    "batch_norm_adjoint(Tensor grad, Tensor x, " STATISTICS
+    ", Tensor? gate, bool train)"
+    " -> (Tensor x_bar, Tensor weight_bar, Tensor bias_bar)",
+    "batch_norm_adjoint_tangent(Tensor grad, Tensor grad_dot, Tensor x, Tensor x_dot, " STATISTICS
+    ", Tensor? weight_dot, Tensor? gate, bool train, bool adjoint)"
+    " -> (Tensor x_bar, Tensor x_bar_dot, Tensor weight_bar_dot, Tensor bias_bar_dot)",
+};
+#undef STATISTICS
+
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
   for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
     text.replace(at, word.size(), by);
@@ -98,5 +115,6 @@ TORCH_LIBRARY(blokern, m) {
   define(m, kFastBat);
   for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kSelections) m.def(schema, {at::Tag::pt2_compliant_tag});
+  for (const char* schema : kCurvature) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kSteps) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

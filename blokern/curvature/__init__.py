@@ -1,5 +1,5 @@
 """Second-order products of a loss, without ever forming a matrix."""
 
-from blokern.curvature.linearization import Linearization, LossFn, linearize, mixed_hvp
+from blokern.curvature.linearization import Linearization, LossFn, ggnvp, hvp, linearize, mixed_hvp
 
-__all__ = ["Linearization", "LossFn", "linearize", "mixed_hvp"]
+__all__ = ["Linearization", "LossFn", "ggnvp", "hvp", "linearize", "mixed_hvp"]

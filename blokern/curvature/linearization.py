@@ -2,68 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
-from blokern.curvature.double_backward import LeanDoubleBackward
+from blokern.curvature.double_backward import DoubleBackward
+from blokern.curvature.sweeps import TapeProducts
+from blokern.curvature.tape import HookWatch, Recorder
+from blokern.curvature.vectors import check_input_vector, check_vector
 
-__all__ = ["Linearization", "LossFn", "linearize", "mixed_hvp"]
+__all__ = ["Linearization", "LossFn", "ggnvp", "hvp", "linearize", "mixed_hvp", "record"]
 
 #: (model output, target) -> scalar loss.
 LossFn = Callable[[Tensor, Tensor], Tensor]
+Vector = Mapping[str, Tensor]
 
 
 class Linearization:
     """A loss and its input gradient at one batch, kept so that products can be taken; see `linearize`.
 
     loss: scalar, detached. grad_input: ∇ₓℓ, detached, shape and dtype of x.
+
+    Vectors v and results are dicts keyed like `model.named_parameters()`, with the parameters that required a gradient
+    in `linearize`, of their shapes, dtypes and devices; u is like x. All may have one leading dimension more, for
+    several vectors at once. Where the loss does not depend on a parameter, or on x, products have zeros. A product
+    frees what it has read unless `retain_graph` is true; a wrong call frees nothing.
+
+    Every product raises ValueError or TypeError for a vector that does not fit, and RuntimeError if an earlier call
+    has freed the graph, or a parameter was changed in place since `linearize`.
     """
 
-    def __init__(self, loss: Tensor, grad_input: Tensor, parameters: dict[str, Tensor]) -> None:
-        self.loss = loss.detach()
-        self.grad_input = grad_input.detach()
+    def __init__(
+        self,
+        products: TapeProducts | DoubleBackward,
+        loss: Tensor,
+        parameters: dict[str, Tensor],
+        x: Tensor | None,
+    ) -> None:
+        self.loss = loss
         self._parameters = parameters
-        self._graph: Tensor | None = grad_input
+        self._x = x
+        self._products: TapeProducts | DoubleBackward | None = products
+        if x is not None:
+            grad = self._run(lambda: products.input_gradient())
+            self.grad_input = torch.zeros_like(x) if grad is None else grad
+
+    def hvp(self, v: Vector, *, retain_graph: bool = False) -> dict[str, Tensor]:
+        """∇²_θ ℓ · v. Six sweeps.
+
+        Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994.
+
+        >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
+        >>> products = at_x.hvp({name: torch.randn_like(p) for name, p in model.named_parameters()})
+        """
+        return self._by_parameters("hvp", v, retain_graph)
+
+    def ggnvp(self, v: Vector, *, retain_graph: bool = False) -> dict[str, Tensor]:
+        """Jᵀ ∇²ℓ J v, the generalised Gauss-Newton product: J the derivative of model(x) by θ. Four sweeps.
+
+        ValueError if loss_fn reads parameters itself. Schraudolph, "Fast Curvature Matrix-Vector Products for
+        Second-Order Gradient Descent", Neural Computation 2002.
+
+        >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
+        >>> products = at_x.ggnvp({name: torch.randn_like(p) for name, p in model.named_parameters()})
+        """
+        return self._by_parameters("ggnvp", v, retain_graph)
 
     def mixed_hvp(self, u: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
         """∇_θ⟨∇ₓℓ, u⟩, the adjoint of the mixed second derivative ∇²_{xθ}ℓ applied to u. Four sweeps.
 
-        u: shape, dtype and device of x. Returns a dict keyed like `model.named_parameters()`, with the
-        parameters that required a gradient in `linearize`; zeros where the loss does not use one. The graph
-        is freed on the way unless `retain_graph` is true.
-
-        Raises ValueError or TypeError if u's shape or dtype is not x's, and RuntimeError if an earlier
-        call has freed the graph.
-
         >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
         >>> products = at_x.mixed_hvp(torch.ones_like(x))
         """
-        if u.shape != self.grad_input.shape:
-            raise ValueError(
-                f"u must have the shape of x, {tuple(self.grad_input.shape)}, got {tuple(u.shape)}"
-            )
-        if u.dtype != self.grad_input.dtype:
-            raise TypeError(f"u must have the dtype of x, {self.grad_input.dtype}, got {u.dtype}")
-        grad_input = self._graph
-        if grad_input is None:
+        assert self._x is not None
+        size = check_input_vector(u, self._x)
+        return self._filled(self._take("mixed_hvp", u, size, retain_graph), size)
+
+    def mixed_hvp_transpose(self, v: Vector, *, retain_graph: bool = False) -> Tensor:
+        """∇ₓ⟨∇_θℓ, v⟩, the transpose of `mixed_hvp`: ⟨mixed_hvp(u), v⟩ = ⟨u, mixed_hvp_transpose(v)⟩. Four sweeps.
+
+        >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
+        >>> at_x.mixed_hvp_transpose({name: torch.ones_like(p) for name, p in model.named_parameters()}).shape
+        """
+        assert self._x is not None
+        size = check_vector(v, self._parameters)
+        product: Tensor | None = self._take("mixed_hvp_transpose", v, size, retain_graph)
+        if product is None:
+            return self._x.new_zeros(self._x.shape if size is None else (size, *self._x.shape))
+        return product
+
+    def _by_parameters(self, name: str, v: Vector, retain_graph: bool) -> dict[str, Tensor]:
+        size = check_vector(v, self._parameters)
+        return self._filled(self._take(name, v, size, retain_graph), size)
+
+    def _take(self, name: str, along: Any, size: int | None, retain_graph: bool) -> Any:
+        products = self._products
+        if products is None:
             raise RuntimeError(
-                "mixed_hvp: an earlier call has freed the graph; that call must have retain_graph=True"
+                f"{name}: an earlier call has freed the graph; that call must have retain_graph=True"
             )
+        product = self._run(lambda: getattr(products, name)(along, retain_graph, size is not None))
         if not retain_graph:
-            self._graph = None
-        if not self._parameters or not grad_input.requires_grad:  # ∇ₓℓ does not depend on θ
-            return {name: torch.zeros_like(p) for name, p in self._parameters.items()}
-        with torch.autocast(u.device.type, enabled=False):
-            products = torch.autograd.grad(
-                grad_input,
-                tuple(self._parameters.values()),
-                u,
-                retain_graph=retain_graph,
-                materialize_grads=True,
-            )
-        return dict(zip(self._parameters, products, strict=True))
+            self._products = None
+        return product
+
+    def _run(self, sweep: Callable[[], Any]) -> Any:
+        products = self._products
+        if isinstance(products, TapeProducts):
+            products.tape.check_unchanged()
+        with torch.no_grad(), torch.autocast(self.loss.device.type, enabled=False):
+            return sweep()
+
+    def _filled(self, products: dict[str, Tensor], size: int | None) -> dict[str, Tensor]:
+        """A product for every parameter, in their order."""
+        return {
+            name: products[name]
+            if name in products
+            else p.new_zeros(p.shape if size is None else (size, *p.shape))
+            for name, p in self._parameters.items()
+        }
 
 
 def linearize(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linearization:
@@ -72,28 +135,45 @@ def linearize(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linear
     x: floating point, [N, ...]; y: whatever loss_fn takes; loss_fn returns a scalar. The model runs once, in
     its own mode (in train mode BatchNorm moves its running statistics) and under the caller's autocast;
     backward sweeps run outside of autocast, as torch advises. Modules under `torch.compile` run eagerly here,
-    because compiled graphs refuse a second differentiation. Do not change the parameters in place before the
-    last product.
+    and attention in its elementary form. Do not change the parameters in place before the last product.
 
-    Raises TypeError if x is not floating point and ValueError if the loss is not a scalar.
+    The products come from the R-operator on a tape of the forward pass. Where that has no rules for something
+    (an op, a custom autograd.Function, a hook on a gradient), a warning says so once and they come from
+    autograd's double backward: as exact, slower.
 
-    Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994; here by double backward.
+    Raises TypeError if x is not floating point; ValueError if the loss is not a scalar, or not finite, naming the
+    module where that starts.
 
     >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
     >>> at_x.loss, at_x.grad_input, at_x.mixed_hvp(u)
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating-point, got {x.dtype}")
-    x = x.detach().requires_grad_()
-    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        with torch.compiler.set_stance("force_eager"), LeanDoubleBackward():
-            loss = loss_fn(model(x), y)
-        if loss.dim() != 0:
-            raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
-            (grad_input,) = torch.autograd.grad(loss, x, create_graph=True, materialize_grads=True)
-    return Linearization(loss, grad_input, parameters)
+    return record(model, loss_fn, x, y, input_gradient=True)
+
+
+def hvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[str, Tensor]:
+    """∇²_θ ℓ · v at one batch for one v: as `linearize(model, loss_fn, x, y).hvp(v)`, in eight sweeps and less memory.
+
+    x: whatever the model takes, integers too.
+
+    >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    >>> products = hvp(model, torch.nn.functional.cross_entropy, x, y, v)
+    """
+    return record(model, loss_fn, x, y, input_gradient=False).hvp(v)
+
+
+def ggnvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[str, Tensor]:
+    """Jᵀ ∇²ℓ J v at one batch for one v: as `linearize(model, loss_fn, x, y).ggnvp(v)`, in five sweeps.
+
+    x: whatever the model takes, integers too.
+
+    >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    >>> products = ggnvp(model, torch.nn.functional.cross_entropy, x, y, v)
+    """
+    return record(model, loss_fn, x, y, input_gradient=False).ggnvp(v)
 
 
 def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor) -> dict[str, Tensor]:
@@ -105,3 +185,73 @@ def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor
     >>> products["fc.weight"].shape == model.fc.weight.shape
     """
     return linearize(model, loss_fn, x, y).mixed_hvp(u)
+
+
+def record(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, *, input_gradient: bool) -> Linearization:
+    """`linearize`, or without input_gradient the same for products by parameters alone, and for any x."""
+    at = x.detach().requires_grad_() if input_gradient else x
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    recorder = Recorder(parameters, at if input_gradient else None)
+    # What autocast keeps of an earlier pass belongs to that pass's graph.
+    torch.clear_autocast_cache()
+    with (
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        HookWatch(recorder.refuse),
+        recorder,
+    ):
+        output = model(at)
+        split = recorder.mark()
+        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        values = [recorder.value(t) for t in outputs]  # before loss_fn may change them in place
+        loss = loss_fn(output, y)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar, got {got}")
+    if not loss.isfinite():
+        where = _first_non_finite(model, x)
+        raise ValueError(f"the loss is {loss.item()}: {where}")
+    tape = recorder.finish(split, loss, values)
+    if tape is not None:
+        return Linearization(
+            TapeProducts(tape), loss.detach(), parameters, at.detach() if input_gradient else None
+        )
+    _warn_once(recorder.refusal)
+    graph = DoubleBackward(loss, outputs, parameters, at if input_gradient else None)
+    return Linearization(graph, loss.detach(), parameters, at.detach() if input_gradient else None)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(refusal: str | None) -> None:
+    if refusal is not None and refusal not in _warned:
+        _warned.add(refusal)
+        warnings.warn(f"no R-operator rule for {refusal}: products by double backward", stacklevel=4)
+
+
+def _first_non_finite(model: nn.Module, x: Any) -> str:
+    """Where a copy of the model, run again, first gives a value that is not finite."""
+    found: list[str] = []
+    twin = deepcopy(model)
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            bad = any(
+                not t.isfinite().all()
+                for t in tree_leaves(output)
+                if isinstance(t, Tensor) and t.is_floating_point()
+            )
+            if bad:
+                found.append(name)
+
+        return hook
+
+    for name, module in twin.named_modules():
+        module.register_forward_hook(look(name))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        twin(x)
+    if not found:
+        return "the model's output is finite, loss_fn's result is not"
+    return f"the output of module {found[0]!r} is the first that is not finite"

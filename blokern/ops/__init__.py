@@ -10,6 +10,7 @@ from blokern.ops.attack import (
     random_start,
 )
 from blokern.ops.convolution import masked_conv2d
+from blokern.ops.curvature import batch_norm_adjoint, batch_norm_adjoint_tangent, batch_norm_tangent
 from blokern.ops.mask import SparseMask
 from blokern.ops.products import masked_linear, sddmm, spmm
 from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
@@ -22,6 +23,9 @@ __all__ = [
     "Scope",
     "SparseMask",
     "apgd_step_",
+    "batch_norm_adjoint",
+    "batch_norm_adjoint_tangent",
+    "batch_norm_tangent",
     "bip_released_step_",
     "bip_score_step_",
     "channel_mask",

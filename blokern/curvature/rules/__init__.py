@@ -1,0 +1,18 @@
+"""The table: every op that a tape can hold, and its rules."""
+
+from typing import Any
+
+from blokern.curvature.op import Rule
+from blokern.curvature.rules import elementwise, linear, losses, normalization, products, sparse
+
+__all__ = ["RULES"]
+
+#: From an op, as the dispatcher names it, to what makes its entry on the tape.
+RULES: dict[Any, Rule] = {
+    **elementwise.RULES,
+    **linear.RULES,
+    **losses.RULES,
+    **normalization.RULES,
+    **products.RULES,
+    **sparse.RULES,
+}

@@ -1,0 +1,112 @@
+"""Our own products with a masked weight.
+
+With dense_grad derivatives are those by the masked weight itself, as if the mask were not: directions and gradients of
+the weight are then dense, and products with them torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blokern.curvature.op import Rule
+from blokern.curvature.rules.products import Bilinear
+from blokern.ops.handles import MASKED_CONV2D, MASKED_CONV2D_INPUT, MASKED_CONV2D_WEIGHT, SDDMM, SPMM
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+class MaskedProduct(Bilinear):
+    """spmm: weight @ x for the mask's entries, + bias along the columns."""
+
+    slot_a, slot_b, slot_c = 0, 1, 2
+    differentiable = (0, 1, 2)
+    loops = True
+
+    def setup(self, out: Tensor, weight: Tensor, x: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
+        self.streams, self.dense = how[:6], how[6:] == (True,)
+        return weight, x
+
+    def _is_dense(self, weight: Tensor) -> bool:
+        """Of the weight or a direction in its space."""
+        return self.dense and weight is not self.saved[0]
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b if self._is_dense(a) else SPMM(a, b, None, *self.streams)
+
+    def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
+        return grad @ b.mT if self.dense else SDDMM(grad, b, *self.streams)
+
+    def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
+        turned = self.streams[3:] + self.streams[:3]
+        return a.mT @ grad if self._is_dense(a) else SPMM(a.mT, grad, None, *turned)
+
+    def by_term(self, grad: Tensor) -> Tensor:
+        return grad.sum(1)
+
+    def as_output(self, c: Tensor) -> Tensor:
+        return c.unsqueeze(1)
+
+
+class MaskedConvolution(Bilinear):
+    """masked_conv2d of x and a weight, + bias along the channels."""
+
+    slot_a, slot_b, slot_c = 0, 1, 2
+    differentiable = (0, 1, 2)
+    loops = True
+
+    def setup(self, out: Tensor, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
+        self.plan = how[:4]
+        dense = how[4] if len(how) > 4 else None
+        self.dense = dense is not None
+        if dense is not None:
+            stride, before, dilation = dense[:2], dense[2:4], dense[4:]
+            # Padding to the "same" size may be longer at the end.
+            more = [
+                max(0, (m - 1) * s + d * (k - 1) + 1 - n - 2 * p)
+                for m, s, d, k, n, p in zip(
+                    out.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
+                )
+            ]
+            self.pad = (0, more[1], 0, more[0])
+            groups = x.shape[1] // weight.shape[1]
+            self.how = (stride, before, dilation, False, [0, 0], groups)
+        return x, weight
+
+    def _is_dense(self, weight: Tensor) -> bool:
+        return self.dense and weight is not self.saved[1]
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self._is_dense(b):
+            return aten.convolution(F.pad(a, self.pad), b, None, *self.how)  # type: ignore[no-any-return]
+        return MASKED_CONV2D(a, b, None, *self.plan)  # type: ignore[no-any-return]
+
+    def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
+        if self._is_dense(b):
+            x = F.pad(self.saved[0], self.pad)  # for its shape
+            wanted = (True, False, False)
+            by_padded = aten.convolution_backward(grad, x, b, None, *self.how, wanted)[0]
+            return F.pad(by_padded, [-p for p in self.pad])
+        return MASKED_CONV2D_INPUT(grad, b, *self.plan)  # type: ignore[no-any-return]
+
+    def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
+        weight = self.saved[1]
+        if self.dense:
+            x, wanted = F.pad(a, self.pad), (False, True, False)
+            return aten.convolution_backward(grad, x, weight, None, *self.how, wanted)[1]  # type: ignore[no-any-return]
+        return MASKED_CONV2D_WEIGHT(grad, a, *self.plan, weight.shape)  # type: ignore[no-any-return]
+
+    def by_term(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
+    def as_output(self, c: Tensor) -> Tensor:
+        return c.view(-1, 1, 1)
+
+
+RULES: dict[Any, Rule] = {SPMM: MaskedProduct, MASKED_CONV2D: MaskedConvolution}

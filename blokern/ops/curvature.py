@@ -1,0 +1,137 @@
+"""Derivatives of layers along directions: what the R-operator needs of them, in few passes over memory.
+
+A dot is a tangent, the derivative along a direction; a bar is an adjoint, the derivative of a loss by the tensor. float64,
+float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU; none of
+these ops has a derivative. Results do not depend on the number of threads. Errors are ValueError or TypeError, naming
+the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_norm_adjoint", "batch_norm_adjoint_tangent", "batch_norm_tangent"]
+
+
+def batch_norm_tangent(
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    bias_dot: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    train: bool = True,
+) -> Tensor:
+    """The tangent of y = weight · (x − mean) · rstd + bias, like x_dot.
+
+    x: [N, C, ...]; mean, rstd, weight and the tangents of weight and bias: [C], None for a weight of 1 and tangents of
+    0. With `train`, mean and rstd = (var + eps)^−½ are the batch's own and move with x; without, they are constants.
+    gate, of x's shape: y_dot is 0 where it is not positive; the output of a ReLU that follows makes y_dot that ReLU's.
+    Several vectors at once: x_dot [K, N, C, ...], weight_dot and bias_dot [K, C].
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> batch_norm_tangent(x, torch.tensor([[1.0], [0.0]]), torch.tensor([2.0]), torch.tensor([1.0]), train=False)
+    tensor([[1.],
+            [0.]])
+    """
+    out: Tensor = torch.ops.blokern.batch_norm_tangent(
+        x, x_dot, mean, rstd, weight, weight_dot, bias_dot, gate, train
+    )
+    return out
+
+
+def batch_norm_adjoint(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    train: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoints (of x, of weight, of bias) for grad, that of y, or of the gate: x, and [C] in float64 each.
+
+    Arguments as in :func:`batch_norm_tangent`; grad may be a stack, and results are then.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> batch_norm_adjoint(torch.ones(2, 1), x, torch.tensor([2.0]), torch.tensor([1.0]))[0]
+    tensor([[0.],
+            [0.]])
+    """
+    bars: tuple[Tensor, Tensor, Tensor] = torch.ops.blokern.batch_norm_adjoint(
+        grad, x, mean, rstd, weight, gate, train
+    )
+    return bars
+
+
+def batch_norm_adjoint_tangent(
+    grad: Tensor,
+    grad_dot: Tensor,
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    train: bool = True,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tangents of what :func:`batch_norm_adjoint` gives: (x_bar, x_bar_dot, weight_bar_dot, bias_bar_dot).
+
+    x_bar is the adjoint of x itself, in the same pass, if `adjoint` is true, else empty. grad_dot, x_dot and weight_dot
+    may be stacks of one size, and tangents are then.
+
+    >>> x, g = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1)
+    >>> mean, rstd = torch.tensor([2.0]), torch.tensor([1.0])
+    >>> batch_norm_adjoint_tangent(g, torch.zeros(2, 1), x, g, mean, rstd)[1]
+    tensor([[0.],
+            [0.]])
+    """
+    bars: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.blokern.batch_norm_adjoint_tangent(
+        grad, grad_dot, x, x_dot, mean, rstd, weight, weight_dot, gate, train, adjoint
+    )
+    return bars
+
+
+def _like(x: Tensor, stack: tuple[int, ...]) -> Tensor:
+    """As the kernels lay their results out: like x if that is dense with pixels or channels innermost."""
+    inner = x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if not inner:
+        return x.new_empty(*stack, *x.shape)
+    shape = x.movedim(1, -1).shape
+    return x.new_empty(*stack, *shape).movedim(-1, 1 + len(stack))
+
+
+def _stack(t: Tensor, x: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape[: t.dim() - x.dim()])
+
+
+def _channels(x: Tensor, stack: tuple[int, ...]) -> Tensor:
+    return x.new_empty(*stack, x.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("blokern::batch_norm_tangent")
+def _(x: Tensor, x_dot: Tensor, *_: Any) -> Tensor:
+    return _like(x, _stack(x_dot, x))
+
+
+@torch.library.register_fake("blokern::batch_norm_adjoint")
+def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    stack = _stack(grad, x)
+    return _like(x, stack), _channels(x, stack), _channels(x, stack)
+
+
+@torch.library.register_fake("blokern::batch_norm_adjoint_tangent")
+def _(grad: Tensor, grad_dot: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    stack = _stack(grad_dot, x)
+    own = _like(x, ()) if args[-1] else x.new_empty(0)
+    return own, _like(x, stack), _channels(x, stack), _channels(x, stack)
