@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
-__all__ = ["Geometry", "Plan", "masked_conv2d", "plan_of"]
+__all__ = ["Geometry", "Plan", "dense_arguments", "masked_conv2d", "plan_of"]
 
 
 def masked_conv2d(
@@ -258,24 +258,24 @@ def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, dense_grad: 
     return product
 
 
-def _dense_convolution(
-    out: Tensor, x: Tensor, weight_shape: Sequence[int], numbers: Sequence[int]
-) -> tuple[Tensor, tuple[Any, ...]]:
-    """The input and the arguments from stride on of the torch convolution that has an output like `out`.
+def dense_arguments(
+    x: torch.Size, out: torch.Size, weight: Sequence[int], numbers: Sequence[int]
+) -> tuple[list[int], tuple[Any, ...]]:
+    """Of a plan's dense twin: F.pad's padding of x, and the arguments of aten.convolution from stride
+    on, for the shapes of input, output and weight.
 
-    Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added
-    to x.
+    Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added to
+    x first.
+
+    >>> dense_arguments(x.shape, y.shape, weight.shape, plan.numbers)
+    ([0, 0, 0, 0], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
     """
     stride, before, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
-    more = [
+    high, wide = (
         max(0, (o - 1) * s + d * (k - 1) + 1 - n - 2 * b)
-        for o, s, d, k, n, b in zip(
-            out.shape[2:], stride, dilation, weight_shape[2:], x.shape[2:], before, strict=True
-        )
-    ]
-    if any(more):
-        x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
-    return x, (stride, before, dilation, False, [0, 0], groups)
+        for o, s, d, k, n, b in zip(out[2:], stride, dilation, weight[2:], x[2:], before, strict=True)
+    )
+    return [0, wide, 0, high], (stride, before, dilation, False, [0, 0], groups)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -318,7 +318,8 @@ def _save_dense_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _dense_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, x = ctx.saved_tensors
-    padded, how = _dense_convolution(grad, x, ctx.weight_shape, ctx.numbers)
+    pad, how = dense_arguments(x.shape, grad.shape, ctx.weight_shape, ctx.numbers)
+    padded = torch.nn.functional.pad(x, pad)
     by_grad = by_x = None
     if ctx.needs_input_grad[0]:
         by_grad = torch.ops.aten.convolution(padded, cotangent, None, *how)
