@@ -76,6 +76,10 @@ constexpr const char* kSteps[] = {
 // float64.
 #define STATISTICS "Tensor mean, Tensor rstd, Tensor? weight"
 constexpr const char* kCurvature[] = {
+    // target: int64 labels [N], or [N, C] like logits; mean, or the sum.
+    "softmax_cross_entropy_hvp(Tensor logits, Tensor tangent, Tensor target, Tensor? weight, int "
+    "ignore_index,"
+    " bool mean, float label_smoothing) -> (Tensor loss, Tensor grad, Tensor hvp)",
     "batch_norm_tangent(Tensor x, Tensor x_dot, " STATISTICS
     ", Tensor? weight_dot, Tensor? bias_dot,"
     " Tensor? gate, bool train) -> Tensor",

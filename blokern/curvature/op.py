@@ -167,9 +167,10 @@ def fit(grad: Tensor, meta: Meta) -> Tensor:
 
 
 def spread(tangent: Tensor, meta: Meta) -> Tensor:
-    """tangent broadcast to a shape, in a dtype."""
-    if tangent.shape != meta.shape:
-        tangent = tangent.expand(meta.shape)
+    """tangent broadcast to a shape, in a dtype; or a stack of tangents that have all its dimensions."""
+    stack = tangent.shape[: max(tangent.dim() - len(meta.shape), 0)]
+    if tangent.shape != (*stack, *meta.shape):
+        tangent = tangent.expand(*stack, *meta.shape)
     return tangent.to(meta.dtype)
 
 

@@ -61,7 +61,7 @@ class TapeProducts:
     def ggnvp(self, v: dict[str, Tensor], keep: bool, stack: bool) -> dict[str, Tensor]:
         tape = self.tape
         self._check_loss_reads_outputs_alone()
-        model, loss = tape.ops[: tape.split], tape.ops[tape.split :]
+        model, loss = range(tape.split), range(tape.split, len(tape.ops))
         tangents = self._tangents(model, self._seeds(v), set(tape.outputs), stack)
         seeds = {value: tangents[value] for value in tape.outputs if value in tangents}
         del tangents
@@ -72,29 +72,30 @@ class TapeProducts:
 
     def _second(self, seeds: Values, leaves: int, keep: bool, stack: bool) -> Values:
         """The derivative of ∇ℓ along the seeds, by the parameters or the input."""
-        ops = self.tape.ops
-        return self._bend(ops, self._tangents(ops, seeds, self.tape.read, stack), leaves, keep, stack)
+        span = range(len(self.tape.ops))
+        return self._bend(span, self._tangents(span, seeds, self.tape.read, stack), leaves, keep, stack)
 
-    def _tangents(self, ops: Sequence[Op], seeds: Values, kept: set[int], stack: bool) -> Values:
-        """Forwards: the tangents of the kept values."""
+    def _tangents(self, span: range, seeds: Values, kept: set[int], stack: bool) -> Values:
+        """Forwards over the ops of a span: the tangents of the kept values."""
         tangents = dict(seeds)
-        first = 0 if ops == self.tape.ops[: len(ops)] else self.tape.split
-        for op, last in zip(ops, self.tape.last[first:], strict=False):
+        for place in span:
+            op = self.tape.ops[place]
             at = _values(tangents, op.inputs)
-            if any(t is not None for t in at):
+            if op.output != self.tape.loss and any(t is not None for t in at):
                 (tangent,) = _each(op, lambda *t, op=op: (op.tangent(*t),), at, stack)
                 if tangent is not None:
                     tangents[op.output] = tangent
-            for value in last:
+            for value in self.tape.last[place]:
                 if value not in kept:
                     tangents.pop(value, None)
         return tangents
 
-    def _bend(self, ops: Sequence[Op], tangents: Values, leaves: int, keep: bool, stack: bool) -> Values:
+    def _bend(self, span: range, tangents: Values, leaves: int, keep: bool, stack: bool) -> Values:
         """Backwards: the tangents of the adjoints of what depends on the leaves, and the adjoints unless known."""
         tape = self.tape
         grads, dots = self._seed() if self._adjoints is None else {}, dict[int, Tensor]()
-        for op in reversed(ops):
+        for place in reversed(span):
+            op = tape.ops[place]
             tangents.pop(op.output, None)  # whoever reads it has done so
             grad = grads.pop(op.output, None) if self._adjoints is None else self._adjoints.get(op.output)
             dot = dots.pop(op.output, None)
@@ -136,8 +137,9 @@ class TapeProducts:
             slots = _each(op, lambda d, *t: op.adjoint_tangent(grad, d, t, wanted), (dot, *tangents), stack)
         _accumulate(dots, op.inputs, slots, wanted)
 
-    def _adjoint_sweep(self, ops: Sequence[Op], grads: Values, keep: bool, stack: bool) -> Values:
-        for op in reversed(ops):
+    def _adjoint_sweep(self, span: range, grads: Values, keep: bool, stack: bool) -> Values:
+        for place in reversed(span):
+            op = self.tape.ops[place]
             grad = grads.pop(op.output, None)
             wanted = [v is not None and bool(self.tape.depends[v] & PARAMETER) for v in op.inputs]
             if grad is not None and any(wanted):

@@ -10,7 +10,12 @@ from blokern.ops.attack import (
     random_start,
 )
 from blokern.ops.convolution import masked_conv2d
-from blokern.ops.curvature import batch_norm_adjoint, batch_norm_adjoint_tangent, batch_norm_tangent
+from blokern.ops.curvature import (
+    batch_norm_adjoint,
+    batch_norm_adjoint_tangent,
+    batch_norm_tangent,
+    softmax_cross_entropy_hvp,
+)
 from blokern.ops.mask import SparseMask
 from blokern.ops.products import masked_linear, sddmm, spmm
 from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
@@ -41,6 +46,7 @@ __all__ = [
     "project_",
     "random_start",
     "sddmm",
+    "softmax_cross_entropy_hvp",
     "spmm",
     "topk_mask",
 ]

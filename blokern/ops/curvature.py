@@ -1,19 +1,53 @@
 """Derivatives of layers along directions: what the R-operator needs of them, in few passes over memory.
 
-A dot is a tangent, the derivative along a direction; a bar is an adjoint, the derivative of a loss by the tensor. float64,
-float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU; none of
-these ops has a derivative. Results do not depend on the number of threads. Errors are ValueError or TypeError, naming
-the argument.
+A dot is a tangent, the derivative along a direction; a bar is an adjoint, the derivative of a loss by the tensor.
+float64, float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU;
+none of these ops has a derivative. Results do not depend on the number of threads. Errors are ValueError or TypeError,
+naming the argument.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm_adjoint", "batch_norm_adjoint_tangent", "batch_norm_tangent"]
+from blokern._names import unknown_name
+
+__all__ = [
+    "batch_norm_adjoint",
+    "batch_norm_adjoint_tangent",
+    "batch_norm_tangent",
+    "softmax_cross_entropy_hvp",
+]
+
+
+def softmax_cross_entropy_hvp(
+    logits: Tensor,
+    tangent: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F.cross_entropy(logits, target, …), its gradient by the logits, and its Hessian times tangent: (loss, grad, hvp).
+
+    logits, tangent: [N, C]; target: int64 labels [N], or probabilities [N, C]; weight: [C] or None. The arguments mean
+    what they mean in torch.nn.functional.cross_entropy; loss is a scalar of logits' dtype, grad and hvp are [N, C].
+
+    >>> logits = torch.zeros(1, 2)
+    >>> softmax_cross_entropy_hvp(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    (tensor(0.6931), tensor([[ 0.5000, -0.5000]]), tensor([[ 0.2500, -0.2500]]))
+    """
+    if reduction not in ("mean", "sum"):
+        raise unknown_name("reduction", reduction, ("mean", "sum"))
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.blokern.softmax_cross_entropy_hvp(
+        logits, tangent, target, weight, ignore_index, reduction == "mean", label_smoothing
+    )
+    return out
 
 
 def batch_norm_tangent(
@@ -117,6 +151,11 @@ def _stack(t: Tensor, x: Tensor) -> tuple[int, ...]:
 
 def _channels(x: Tensor, stack: tuple[int, ...]) -> Tensor:
     return x.new_empty(*stack, x.shape[1], dtype=torch.float64)
+
+
+@torch.library.register_fake("blokern::softmax_cross_entropy_hvp")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return logits.new_empty(()), logits.new_empty(logits.shape), logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("blokern::batch_norm_tangent")

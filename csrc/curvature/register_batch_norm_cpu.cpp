@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -176,8 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adjoints(const Tensor& x, const Tenso
   // Of a stack, each vector's kernel would compute the adjoint anew: the first does.
   Tensor x_bar = adjoint ? layout.empty(x, dims, moves ? std::nullopt : stack) : Tensor();
   Tensor x_bar_dot = moves ? layout.empty(x, dims, stack) : Tensor();
-  const auto wide = x.options().dtype(at::kDouble);
-  Tensor bars = at::zeros({2, vectors, channels}, wide);
+  std::vector<int64_t> bar_sizes{channels};
+  if (stack.has_value()) bar_sizes.insert(bar_sizes.begin(), *stack);
+  Tensor weight_bar = at::zeros(bar_sizes, x.options().dtype(at::kDouble)),
+         bias_bar = at::zeros_like(weight_bar);
   if (size > 0) {
     dispatch_image(x.scalar_type(), [&]<class T>() {
       for (int64_t k = 0; k < vectors; ++k) {
@@ -192,14 +195,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adjoints(const Tensor& x, const Tenso
                                     data_or_null<T>(at_gate),
                                     moves && k > 0 ? nullptr : mutable_or_null<T>(x_bar, moves ? 0 : at),
                                     mutable_or_null<T>(x_bar_dot, at),
-                                    bars.mutable_data_ptr<double>() + k * channels,
-                                    bars.mutable_data_ptr<double>() + (vectors + k) * channels};
+                                    weight_bar.mutable_data_ptr<double>() + k * channels,
+                                    bias_bar.mutable_data_ptr<double>() + k * channels};
         layout.run(channel_group<T>(), [&](int64_t b, int64_t e) { batch_norm_adjoint(p, b, e); });
       }
     });
   }
-  if (!stack.has_value()) bars = bars.squeeze(1);
-  return {x_bar, x_bar_dot, bars.select(0, 0), bars.select(0, 1)};
+  return {x_bar, x_bar_dot, weight_bar, bias_bar};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_adjoint_cpu(const Tensor& grad, const Tensor& x,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, Single, add, fit, wide
 from blokern.curvature.rules.linear import Linear, unaveraged
 
@@ -59,6 +60,15 @@ class LogSoftmax(Single):
     def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
         p_dot = self._probabilities() * wide(self.push(a_dot))
         return (-p_dot * wide(g).sum(self.dim, keepdim=True)).to(self.operand.dtype)
+
+    def followed_by(self, later: Op) -> Op | None:
+        (y,) = self.saved
+        rows = y.dim() == 2 and self.dim in (1, -1) and y.dtype == self.operand.dtype
+        return (
+            SoftmaxCrossEntropy(self, later)
+            if rows and isinstance(later, NllLoss) and later.fuses(y)
+            else None
+        )
 
 
 class LogSumExp(Single):
@@ -112,17 +122,79 @@ class NllLoss(Single):
     def settle(self) -> None:
         del self.total  # saved by now
 
-    def _weight(self) -> Maybe:
+    def weight(self) -> Maybe:
         return self.saved[2] if len(self.saved) > 2 else None
 
+    def fuses(self, a: Tensor) -> bool:
+        """Whether the kernel of both has the same meaning."""
+        return a.device.type == "cpu" and self.forward is aten.nll_loss_forward and self.how[0] != 0
+
     def push(self, a_dot: Tensor) -> Tensor:
-        out: Tensor = self.forward(a_dot, self.saved[0], self._weight(), *self.how)[0]
+        out: Tensor = self.forward(a_dot, self.saved[0], self.weight(), *self.how)[0]
         return out
 
     def pull(self, g: Tensor) -> Tensor:
         a = g.new_empty(self.operand.shape)  # lends its shape
-        out: Tensor = self.backward(g, a, self.saved[0], self._weight(), *self.how, self.saved[1])
+        out: Tensor = self.backward(g, a, self.saved[0], self.weight(), *self.how, self.saved[1])
         return out
+
+
+class SoftmaxCrossEntropy(Single):
+    """A log-softmax of rows and the loss of its labels: the Hessian's product in one pass."""
+
+    stacks = True
+
+    def __init__(self, softmax: LogSoftmax, nll: NllLoss) -> None:
+        self.how = nll.how
+        self.func, self.meta = nll.func, nll.meta
+        self.operand, self.metas = softmax.operand, softmax.metas
+        # log-softmax of log-softmax is itself, so that the output does for the logits.
+        self.saved = [*softmax.saved, *nll.saved]
+
+    def _results(self, a_dot: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient and the Hessian's product, for an adjoint of 1."""
+        y, target, _, *weight = self.saved
+        reduction, ignore_index = self.how
+        _, grad, product = ops.softmax_cross_entropy_hvp(
+            y,
+            a_dot,
+            target,
+            weight=weight[0] if weight else None,
+            ignore_index=ignore_index,
+            reduction="mean" if reduction == 1 else "sum",
+        )
+        return grad, product
+
+    def push(self, a_dot: Tensor) -> Tensor:
+        one = torch.ones(self.meta.shape, dtype=self.meta.dtype, device=a_dot.device)
+        return (self.pull(one) * a_dot).sum((-2, -1))
+
+    def pull(self, g: Tensor) -> Tensor:
+        if g.dim() > 0:
+            return g[:, None, None] * self.pull(torch.ones_like(g[0]))
+        y, target, total, *weight = self.saved
+        by_y = aten.nll_loss_backward(g, y, target, weight[0] if weight else None, *self.how, total)
+        out: Tensor = aten._log_softmax_backward_data(by_y, y, 1, y.dtype)
+        return out
+
+    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
+        if a_dot.dim() > 2:
+            return torch.stack([self.bend(g, t) for t in a_dot])
+        return g * self._results(a_dot)[1]
+
+    def both(
+        self,
+        grad: Tensor,
+        grad_dot: Maybe,
+        tangents: Sequence[Maybe],
+        inner: Sequence[bool],
+        wanted: Sequence[bool],
+    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
+        (a_dot, *_) = tangents
+        if a_dot is None or a_dot.dim() > 2 or grad_dot is not None:
+            return super().both(grad, grad_dot, tangents, inner, wanted)
+        own, product = self._results(a_dot)
+        return (grad * own,), (grad * product,)
 
 
 def _reduced(t: Tensor, reduction: int) -> Tensor:

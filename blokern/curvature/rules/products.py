@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,12 @@ class Bilinear(Op):
         """B_b(ġ, a) + B_b(g, ȧ): where it pays, as one product of twice the samples."""
         return self.by_b(grad_dot, a).add_(self.by_b(grad, a_dot))
 
+    def plus(self, total: Maybe, product: Callable[[Tensor], Tensor], along: Maybe) -> Maybe:
+        """total + product(along), in the memory of total, which is another product."""
+        if along is None:
+            return total
+        return product(along) if total is None else total.add_(product(along))
+
     def by_term(self, grad: Tensor) -> Tensor:
         assert self.slot_c is not None
         return self.to_operand(grad, self.slot_c)
@@ -56,10 +62,8 @@ class Bilinear(Op):
         a, b = self.saved
         a_dot, b_dot = tangents[self.slot_a], tangents[self.slot_b]
         c_dot = None if self.slot_c is None else tangents[self.slot_c]
-        y_dot = _joined(
-            None if a_dot is None else self.product(a_dot, b),
-            None if b_dot is None else self.product(a, b_dot),
-        )
+        y_dot = None if a_dot is None else self.product(a_dot, b)
+        y_dot = self.plus(y_dot, lambda b_dot: self.product(a, b_dot), b_dot)
         y_dot = _scaled(y_dot, self.scale)
         c_dot = _scaled(c_dot, self.term_scale)
         if y_dot is None:
@@ -93,10 +97,10 @@ class Bilinear(Op):
             slots[self.slot_c] = _scaled(self.by_term(grad_dot), self.term_scale)
         grad, grad_dot = _scaled(grad, self.scale), _scaled(grad_dot, self.scale)
         if wanted[self.slot_a]:
-            slots[self.slot_a] = _joined(
-                None if grad_dot is None else self.by_a(grad_dot, b),
-                None if grad is None or b_dot is None else self.by_a(grad, b_dot),
-            )
+            moved = None if grad_dot is None else self.by_a(grad_dot, b)
+            if grad is not None:
+                moved = self.plus(moved, lambda b_dot: self.by_a(grad, b_dot), b_dot)
+            slots[self.slot_a] = moved
         if wanted[self.slot_b]:
             if grad is None or a_dot is None:
                 slots[self.slot_b] = None if grad_dot is None else self.by_b(grad_dot, a)
@@ -105,11 +109,6 @@ class Bilinear(Op):
             else:
                 slots[self.slot_b] = self.by_b_twice(grad_dot, a, grad, a_dot)
         return slots
-
-
-def _joined(first: Maybe, second: Maybe) -> Maybe:
-    """The sum of two products, in the first's memory."""
-    return second if first is None else first if second is None else first.add_(second)
 
 
 def _scaled(t: Maybe, factor: float) -> Maybe:
@@ -188,8 +187,13 @@ class Dot(Bilinear):
 
 
 class Convolution(Bilinear):
-    """aten.convolution, of any number of dimensions, transposed ones too."""
+    """aten.convolution, of any number of dimensions, transposed ones too.
 
+    Of a stack, images are more samples, and weights one product each: beside each other as more channels they cost no
+    less, and a transposition.
+    """
+
+    stacks = True
     slot_c = 2
     differentiable: ClassVar[tuple[int, ...] | None] = (0, 1, 2)
 
@@ -197,31 +201,61 @@ class Convolution(Bilinear):
         self.how = how
         return x, weight
 
+    def _is_stack(self, t: Tensor) -> bool:
+        return t.dim() > len(self.meta.shape)
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = aten.convolution_backward(grad, x, weight, None, *self.how, wanted)
+        return found
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self._is_stack(a):
+            return self.product(a.flatten(0, 1), b).unflatten(0, a.shape[:2])
         out: Tensor = aten.convolution(a, b, None, *self.how)
         return out
 
     def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
         x = self.saved[0]  # lends its shape and layout
-        out: Tensor = aten.convolution_backward(grad, x, b, None, *self.how, (True, False, False))[0]
-        return out
+        if self._is_stack(grad):
+            x = x.new_empty_strided((len(grad) * len(x), *x.shape[1:]), x.stride())
+            folded = self._backward(grad.flatten(0, 1), x, b, (True, False, False))[0]
+            return folded.unflatten(0, grad.shape[:2])
+        return self._backward(grad, x, b, (True, False, False))[0]
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
+        if self._is_stack(grad):
+            return torch.stack([self.by_b(g, a) for g in grad])
+        if self._is_stack(a):
+            return torch.stack([self.by_b(grad, t) for t in a])
         weight = self.saved[1]  # as x above
-        out: Tensor = aten.convolution_backward(grad, a, weight, None, *self.how, (False, True, False))[1]
-        return out
+        return self._backward(grad, a, weight, (False, True, False))[1]
 
     def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
+        if self._is_stack(grad_dot):
+            pairs = zip(grad_dot, a_dot, strict=True)
+            return torch.stack([self.by_b_twice(g_dot, a, grad, t_dot) for g_dot, t_dot in pairs])
         # Reading the samples once more to join them costs less than a second gradient only where that is larger.
         if self.saved[1].numel() < a.numel() + grad.numel():
             return super().by_b_twice(grad_dot, a, grad, a_dot)
         return self.by_b(torch.cat([grad_dot, grad]), torch.cat([a, a_dot]))
 
+    def plus(self, total: Maybe, product: Callable[[Tensor], Tensor], along: Maybe) -> Maybe:
+        if along is None or not self._is_stack(along):
+            return super().plus(total, product, along)
+        if total is None:
+            return torch.stack([product(t) for t in along])
+        for part, t in zip(total, along, strict=True):
+            part.add_(product(t))
+        return total
+
     def by_term(self, grad: Tensor) -> Tensor:
-        return grad.sum([d for d in range(grad.dim()) if d != 1])
+        channel = grad.dim() - len(self.meta.shape) + 1
+        return grad.sum([d for d in range(channel - 1, grad.dim()) if d != channel])
 
     def as_output(self, c: Tensor) -> Tensor:
-        return c.view(-1, *[1] * (len(self.meta.shape) - 2))
+        return c.reshape(*c.shape[:-1], 1, -1, *[1] * (len(self.meta.shape) - 2))
 
 
 RULES: dict[Any, Rule] = {

@@ -1,0 +1,50 @@
+// Cross-entropy of softmax(z), its gradient g and its Hessian times ż, of each row of logits in one pass.
+// With the target's weights q, Q = Σ q, and p = softmax(z):
+//
+//   ℓ = Q log Σ e^z − Σ q z,   g = Q p − q,   H ż = Q p (ż − Σ p ż)
+//
+// A class y has q = (1 − s) w_y at y and s w / C everywhere, for label smoothing s and class weights w; soft
+// targets t have q = w ((1 − s) t + s / C).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "support/math.h"
+
+namespace blokern {
+
+template <class T>
+struct SoftmaxCrossEntropyHvp {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  int64_t classes;
+  const T* logits;  // [rows, classes], as all that follow
+  const T* tangent;
+  const T* target;        // soft targets, or null:
+  const int64_t* labels;  // [rows]
+  const A* weight;        // [classes], or null: 1
+  int64_t ignore_index;   // rows of this label are all zero
+  double label_smoothing;
+  double scale;  // of every result
+  T* grad;
+  T* hvp;
+  double* loss;  // [rows]
+
+  BLOKERN_INLINE double weight_of(int64_t c) const { return weight != nullptr ? weight[c] : 1; }
+};
+
+template <class V>
+BLOKERN_INLINE V cross_entropy_grad(V p, V q, V total, V scale) {
+  return scale * (total * p - q);
+}
+
+template <class V>
+BLOKERN_INLINE V cross_entropy_hvp(V p, V tangent, V mean_tangent, V total, V scale) {
+  return scale * (total * p * (tangent - mean_tangent));
+}
+
+// CPU kernel; [begin, end) counts rows.
+template <class T>
+void softmax_cross_entropy_hvp(const SoftmaxCrossEntropyHvp<T>& p, int64_t begin, int64_t end);
+
+}  // namespace blokern

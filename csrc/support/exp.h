@@ -1,0 +1,53 @@
+// e^x as a formula: for a scalar, and for the lanes of a vector.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "support/math.h"
+#include "support/vec.h"
+
+namespace blokern {
+
+template <class A>
+BLOKERN_INLINE EnableScalar<A> exponential(A x) {
+  return std::exp(x);
+}
+
+// One element at a time: double is for checking.
+BLOKERN_INLINE Vector<double>::type exponential_vector(Vector<double>::type x) {
+  for (int i = 0; i < Vector<double>::size; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// e^x = 2^n e^r with |r| ≤ ln 2 / 2 and a polynomial for e^r (Cephes): within 2 ulp for x in [−87.3, 88], 0
+// below, infinity above; a NaN stays one.
+BLOKERN_INLINE Floats exponential_vector(Floats x) {
+  using Ints = decltype(x < x);
+  const Floats zero{};
+  const Floats low = zero - 87.3f, high = zero + 88.7f;
+  const auto too_low = x<low, too_high = x> high;
+  Floats v = too_low ? low : too_high ? high : x;
+  // Adding 1.5 · 2^23 rounds to an integer, which then stands in the sum's last bits.
+  const Floats magic = zero + 12582912.0f;
+  const Floats sum = v * 1.44269504f + magic;
+  const Floats n = sum - magic;
+  v = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = v * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * v + 8.3334519073e-3f;
+  p = p * v + 4.1665795894e-2f;
+  p = p * v + 1.6666665459e-1f;
+  p = p * v + 5.0000001201e-1f;
+  p = p * (v * v) + v + 1.0f;
+  const auto exponent = (bit_copy<Ints>(sum) - bit_copy<Ints>(magic) + 127) << 23;
+  p = p * bit_copy<Floats>(exponent);
+  return too_low ? zero : too_high ? zero + INFINITY : p;
+}
+
+template <class A>
+BLOKERN_INLINE Lanes<A> exponential(Lanes<A> x) {
+  for (auto& part : x.v) part = exponential_vector(part);
+  return x;
+}
+
+}  // namespace blokern
