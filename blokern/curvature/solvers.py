@@ -193,10 +193,12 @@ class _Space:
     def solution(
         self, x: Tensor, residual: Tensor, converged: Tensor, indefinite: Tensor, steps: int
     ) -> Solution:
-        flags = [t if self.stack is not None else t[0] for t in (residual, converged, indefinite)]
-        return Solution(self.vectors(x), *flags, steps)
+        if self.stack is None:
+            residual, converged, indefinite = residual[0], converged[0], indefinite[0]
+        return Solution(self.vectors(x), residual, converged, indefinite, steps)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row, in float64."""
-    return torch.linalg.vecdot(a.double(), b.double())
+    products: Tensor = torch.linalg.vecdot(a.double(), b.double())
+    return products
