@@ -1,5 +1,27 @@
-"""Second-order products of a loss, without ever forming a matrix."""
+"""Second-order products of a loss, and what is built on them, without ever forming a matrix."""
 
 from blokern.curvature.linearization import Linearization, LossFn, ggnvp, hvp, linearize, mixed_hvp
+from blokern.curvature.operators import CurvatureOperator, GGNOperator, HessianOperator
+from blokern.curvature.solvers import Operator, Solution, cg_solve, inverse_hvp, neumann_solve
+from blokern.curvature.spectrum import RitzValues, TraceEstimate, hutchinson_trace, lanczos
 
-__all__ = ["Linearization", "LossFn", "ggnvp", "hvp", "linearize", "mixed_hvp"]
+__all__ = [
+    "CurvatureOperator",
+    "GGNOperator",
+    "HessianOperator",
+    "Linearization",
+    "LossFn",
+    "Operator",
+    "RitzValues",
+    "Solution",
+    "TraceEstimate",
+    "cg_solve",
+    "ggnvp",
+    "hutchinson_trace",
+    "hvp",
+    "inverse_hvp",
+    "lanczos",
+    "linearize",
+    "mixed_hvp",
+    "neumann_solve",
+]

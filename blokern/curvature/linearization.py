@@ -187,10 +187,22 @@ def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor
     return linearize(model, loss_fn, x, y).mixed_hvp(u)
 
 
-def record(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, *, input_gradient: bool) -> Linearization:
-    """`linearize`, or without input_gradient the same for products by parameters alone, and for any x."""
+def record(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Any,
+    y: Any,
+    *,
+    input_gradient: bool,
+    parameters: dict[str, Tensor] | None = None,
+) -> Linearization:
+    """`linearize`, or without input_gradient the same for products by parameters alone, and for any x.
+
+    parameters: those that are not constants, None for all that require a gradient.
+    """
     at = x.detach().requires_grad_() if input_gradient else x
-    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     recorder = Recorder(parameters, at if input_gradient else None)
     # What autocast keeps of an earlier pass belongs to that pass's graph.
     torch.clear_autocast_cache()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_input_vector", "check_vector"]
+__all__ = ["check_input_vector", "check_vector", "flatten", "row", "unflatten"]
 
 
 def check_vector(v: Mapping[str, Tensor], parameters: Mapping[str, Tensor], name: str = "v") -> int | None:
@@ -59,3 +60,25 @@ def _sizes(stacks: Mapping[str, int | None]) -> str:
     for key, size in stacks.items():
         first.setdefault(size, key)
     return ", ".join(f"{'one' if size is None else size} in {key!r}" for size, key in first.items())
+
+
+def flatten(v: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """All entries of a vector in the space of `like` in a row, [n]; of a stack of vectors, [k, n]."""
+    return torch.cat(
+        [v[name].reshape(*v[name].shape[: v[name].dim() - p.dim()], -1) for name, p in like.items()], -1
+    )
+
+
+def unflatten(t: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `flatten`, of [n] or [k, n]: views, of the dtypes of `like`."""
+    parts = torch.split(t, [p.numel() for p in like.values()], -1)
+    return {
+        name: part.reshape(*t.shape[:-1], *p.shape).to(p.dtype)
+        for (name, p), part in zip(like.items(), parts, strict=True)
+    }
+
+
+def row(like: Mapping[str, Tensor]) -> Tensor:
+    """A row for the entries of `like`, not filled."""
+    first = next(iter(like.values()))
+    return first.new_empty(sum(p.numel() for p in like.values()))

@@ -153,24 +153,29 @@ def _channels(x: Tensor, stack: tuple[int, ...]) -> Tensor:
     return x.new_empty(*stack, x.shape[1], dtype=torch.float64)
 
 
-@torch.library.register_fake("blokern::softmax_cross_entropy_hvp")
-def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_softmax_cross_entropy_hvp(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(()), logits.new_empty(logits.shape), logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("blokern::batch_norm_tangent")
-def _(x: Tensor, x_dot: Tensor, *_: Any) -> Tensor:
+def _fake_tangent(x: Tensor, x_dot: Tensor, *_: Any) -> Tensor:
     return _like(x, _stack(x_dot, x))
 
 
-@torch.library.register_fake("blokern::batch_norm_adjoint")
-def _(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_adjoint(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     stack = _stack(grad, x)
     return _like(x, stack), _channels(x, stack), _channels(x, stack)
 
 
-@torch.library.register_fake("blokern::batch_norm_adjoint_tangent")
-def _(grad: Tensor, grad_dot: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_adjoint_tangent(grad: Tensor, grad_dot: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     stack = _stack(grad_dot, x)
     own = _like(x, ()) if args[-1] else x.new_empty(0)
     return own, _like(x, stack), _channels(x, stack), _channels(x, stack)
+
+
+for _name, _fake in (
+    ("softmax_cross_entropy_hvp", _fake_softmax_cross_entropy_hvp),
+    ("batch_norm_tangent", _fake_tangent),
+    ("batch_norm_adjoint", _fake_adjoint),
+    ("batch_norm_adjoint_tangent", _fake_adjoint_tangent),
+):
+    torch.library.register_fake(f"blokern::{_name}", _fake)

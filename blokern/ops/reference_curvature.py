@@ -107,7 +107,7 @@ def batch_norm_adjoint_tangent(
 
     gamma = torch.ones_like(mean) if weight is None else weight
     gamma_dot = torch.zeros_like(gamma) if weight_dot is None else weight_dot
-    own, moved = torch.func.jvp(bars, (x, gamma, grad), (x_dot, gamma_dot, grad_dot))
+    own, moved, *_ = torch.func.jvp(bars, (x, gamma, grad), (x_dot, gamma_dot, grad_dot))
     return own[0] if adjoint else x.new_empty(0), *moved
 
 

@@ -3,7 +3,16 @@
 from typing import Any
 
 from blokern.curvature.op import Rule
-from blokern.curvature.rules import elementwise, linear, losses, normalization, products, sparse
+from blokern.curvature.rules import (
+    elementwise,
+    linear,
+    losses,
+    normalization,
+    products,
+    reductions,
+    softmax,
+    sparse,
+)
 
 __all__ = ["RULES"]
 
@@ -14,5 +23,7 @@ RULES: dict[Any, Rule] = {
     **losses.RULES,
     **normalization.RULES,
     **products.RULES,
+    **reductions.RULES,
+    **softmax.RULES,
     **sparse.RULES,
 }

@@ -1,8 +1,7 @@
-"""Softmax and what comes after it; losses; norms and variances: reductions that are not linear."""
+"""Losses of single entries: ρ of a residual, and binary cross-entropy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,191 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, Single, add, fit, wide
-from blokern.curvature.rules.linear import Linear, unaveraged
 
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
-
-
-class Softmax(Single):
-    """y = softmax(a): ẏ = y(ȧ − Σyȧ); adjoint y(g − Σyg)."""
-
-    def setup(self, out: Tensor, a: Tensor, dim: int, *_: Any, **__: Any) -> Sequence[Tensor]:
-        self.dim = dim
-        return (out,)
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        out: Tensor = aten._softmax_backward_data(a_dot, self.saved[0], self.dim, self.operand.dtype)
-        return out
-
-    def pull(self, g: Tensor) -> Tensor:
-        return self.push(g)
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        y, y_dot, wide_g = wide(self.saved[0]), wide(self.push(a_dot)), wide(g)
-        bent = y_dot * (wide_g - (y * wide_g).sum(self.dim, keepdim=True))
-        return (bent - y * (y_dot * wide_g).sum(self.dim, keepdim=True)).to(g.dtype)
-
-
-class LogSoftmax(Single):
-    """y = log softmax(a), p = eʸ: ẏ = ȧ − Σpȧ; adjoint g − p Σg."""
-
-    def setup(self, out: Tensor, a: Tensor, dim: int, half_to_float: bool) -> Sequence[Tensor]:
-        self.dim = dim
-        return (out,)
-
-    def _probabilities(self) -> Tensor:
-        return torch.exp(wide(self.saved[0]))
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        v = wide(a_dot)
-        return (v - (self._probabilities() * v).sum(self.dim, keepdim=True)).to(self.meta.dtype)
-
-    def pull(self, g: Tensor) -> Tensor:
-        out: Tensor = aten._log_softmax_backward_data(g, self.saved[0], self.dim, self.operand.dtype)
-        return out
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        p_dot = self._probabilities() * wide(self.push(a_dot))
-        return (-p_dot * wide(g).sum(self.dim, keepdim=True)).to(self.operand.dtype)
-
-    def followed_by(self, later: Op) -> Op | None:
-        (y,) = self.saved
-        rows = y.dim() == 2 and self.dim in (1, -1) and y.dtype == self.operand.dtype
-        return (
-            SoftmaxCrossEntropy(self, later)
-            if rows and isinstance(later, NllLoss) and later.fuses(y)
-            else None
-        )
-
-
-class LogSumExp(Single):
-    """y = log Σ eᵃ, p = e^(a − y): ẏ = Σpȧ; adjoint p g."""
-
-    def setup(self, out: Tensor, a: Tensor, dim: Sequence[int], keepdim: bool = False) -> Sequence[Tensor]:
-        self.dim, self.keepdim = [d % max(a.dim(), 1) for d in dim], keepdim
-        return a, out
-
-    def _kept(self, t: Tensor) -> Tensor:
-        return wide(t) if self.keepdim else _unsqueezed(wide(t), self.dim)
-
-    def _probabilities(self) -> Tensor:
-        a, y = self.saved
-        return torch.exp(wide(a) - self._kept(y))
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        return (self._probabilities() * wide(a_dot)).sum(self.dim, keepdim=self.keepdim).to(self.meta.dtype)
-
-    def pull(self, g: Tensor) -> Tensor:
-        return (self._probabilities() * self._kept(g)).to(g.dtype)
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        p, v = self._probabilities(), wide(a_dot)
-        p_dot = p * (v - (p * v).sum(self.dim, keepdim=True))
-        return (p_dot * self._kept(g)).to(g.dtype)
-
-
-def _unsqueezed(t: Tensor, dims: Sequence[int]) -> Tensor:
-    for d in sorted(dims):
-        t = t.unsqueeze(d)
-    return t
-
-
-class NllLoss(Single):
-    """−Σ weight[target]·a[target], perhaps over the weights' sum: linear in a."""
-
-    curved = False
-
-    def __init__(self, call: Call, forward: Any, backward: Any) -> None:
-        self.forward, self.backward = forward, backward
-        out, self.total = call.out
-        super().__init__(call._replace(out=out))
-
-    def setup(
-        self, out: Tensor, a: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-    ) -> Sequence[Tensor]:
-        self.how = (reduction, ignore_index)
-        return (target, self.total) if weight is None else (target, self.total, weight)
-
-    def settle(self) -> None:
-        del self.total  # saved by now
-
-    def weight(self) -> Maybe:
-        return self.saved[2] if len(self.saved) > 2 else None
-
-    def fuses(self, a: Tensor) -> bool:
-        """Whether the kernel of both has the same meaning."""
-        return a.device.type == "cpu" and self.forward is aten.nll_loss_forward and self.how[0] != 0
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        out: Tensor = self.forward(a_dot, self.saved[0], self.weight(), *self.how)[0]
-        return out
-
-    def pull(self, g: Tensor) -> Tensor:
-        a = g.new_empty(self.operand.shape)  # lends its shape
-        out: Tensor = self.backward(g, a, self.saved[0], self.weight(), *self.how, self.saved[1])
-        return out
-
-
-class SoftmaxCrossEntropy(Single):
-    """A log-softmax of rows and the loss of its labels: the Hessian's product in one pass."""
-
-    stacks = True
-
-    def __init__(self, softmax: LogSoftmax, nll: NllLoss) -> None:
-        self.how = nll.how
-        self.func, self.meta = nll.func, nll.meta
-        self.operand, self.metas = softmax.operand, softmax.metas
-        # log-softmax of log-softmax is itself, so that the output does for the logits.
-        self.saved = [*softmax.saved, *nll.saved]
-
-    def _results(self, a_dot: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient and the Hessian's product, for an adjoint of 1."""
-        y, target, _, *weight = self.saved
-        reduction, ignore_index = self.how
-        _, grad, product = ops.softmax_cross_entropy_hvp(
-            y,
-            a_dot,
-            target,
-            weight=weight[0] if weight else None,
-            ignore_index=ignore_index,
-            reduction="mean" if reduction == 1 else "sum",
-        )
-        return grad, product
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        one = torch.ones(self.meta.shape, dtype=self.meta.dtype, device=a_dot.device)
-        return (self.pull(one) * a_dot).sum((-2, -1))
-
-    def pull(self, g: Tensor) -> Tensor:
-        if g.dim() > 0:
-            return g[:, None, None] * self.pull(torch.ones_like(g[0]))
-        y, target, total, *weight = self.saved
-        by_y = aten.nll_loss_backward(g, y, target, weight[0] if weight else None, *self.how, total)
-        out: Tensor = aten._log_softmax_backward_data(by_y, y, 1, y.dtype)
-        return out
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        if a_dot.dim() > 2:
-            return torch.stack([self.bend(g, t) for t in a_dot])
-        return g * self._results(a_dot)[1]
-
-    def both(
-        self,
-        grad: Tensor,
-        grad_dot: Maybe,
-        tangents: Sequence[Maybe],
-        inner: Sequence[bool],
-        wanted: Sequence[bool],
-    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
-        (a_dot, *_) = tangents
-        if a_dot is None or a_dot.dim() > 2 or grad_dot is not None:
-            return super().both(grad, grad_dot, tangents, inner, wanted)
-        own, product = self._results(a_dot)
-        return (grad * own,), (grad * product,)
 
 
 def _reduced(t: Tensor, reduction: int) -> Tensor:
@@ -309,105 +128,6 @@ class BinaryCrossEntropy(Single):
         return fit(second * wide(a_dot) * _spread(g, self.reduction, second.numel()), self.operand)
 
 
-class Norm(Single):
-    """y = ‖a‖₂ over some dimensions: ẏ = ⟨n, ȧ⟩ with n = a / y, zero where y is."""
-
-    #: y over the norm.
-    factor = 1.0
-    dim: list[int]
-    keepdim: bool
-
-    def setup(
-        self,
-        out: Tensor,
-        a: Tensor,
-        ord: float = 2,
-        dim: Any = None,
-        keepdim: bool = False,
-        *,
-        dtype: Any = None,
-    ) -> Sequence[Tensor]:
-        self.dim = [*range(a.dim())] if dim is None else [d % a.dim() for d in dim]
-        self.keepdim = keepdim
-        return a, out
-
-    def _kept(self, t: Tensor) -> Tensor:
-        return wide(t) if self.keepdim else _unsqueezed(wide(t), self.dim)
-
-    def _centred(self, a: Tensor) -> Tensor:
-        return wide(a)
-
-    def _direction(self) -> tuple[Tensor, Tensor]:
-        a, y = self.saved
-        length = self._kept(y) / self.factor
-        return torch.where(length == 0, 0.0, self._centred(a) / length), length
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        n, _ = self._direction()
-        return (self.factor * (n * wide(a_dot)).sum(self.dim, keepdim=self.keepdim)).to(self.meta.dtype)
-
-    def pull(self, g: Tensor) -> Tensor:
-        n, _ = self._direction()
-        return fit(self.factor * n * self._kept(g), self.operand)
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        n, length = self._direction()
-        v = self._centred(a_dot)
-        n_dot = torch.where(length == 0, 0.0, (v - n * (n * v).sum(self.dim, keepdim=True)) / length)
-        return fit(self.factor * n_dot * self._kept(g), self.operand)
-
-
-class Deviation(Norm):
-    """y = (Σ (a − ⟨a⟩)² / (n − correction))^½, a norm of what is centred."""
-
-    def setup(  # type: ignore[override]
-        self, out: Tensor, a: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
-    ) -> Sequence[Tensor]:
-        self.dim, self.keepdim = [d % a.dim() for d in dim or range(a.dim())], keepdim
-        self.freedom = _freedom(a, self.dim, correction)
-        self.factor = self.freedom**-0.5 if self.freedom else math.inf
-        return a, out
-
-    def _centred(self, a: Tensor) -> Tensor:
-        return wide(a) - wide(a).mean(self.dim, keepdim=True)
-
-
-class Variance(Deviation):
-    """y = Σ (a − ⟨a⟩)² / (n − correction)."""
-
-    def push(self, a_dot: Tensor) -> Tensor:
-        terms = self._centred(self.saved[0]) * wide(a_dot)
-        return (2.0 / self.freedom * terms.sum(self.dim, keepdim=self.keepdim)).to(self.meta.dtype)
-
-    def pull(self, g: Tensor) -> Tensor:
-        return fit(2.0 / self.freedom * self._centred(self.saved[0]) * self._kept(g), self.operand)
-
-    def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        return fit(2.0 / self.freedom * self._centred(a_dot) * self._kept(g), self.operand)
-
-
-def _freedom(a: Tensor, dims: Sequence[int], correction: float | None) -> float:
-    count = 1
-    for d in dims:
-        count *= a.shape[d]
-    return max(count - (1.0 if correction is None else correction), 0.0)
-
-
-def _norm(call: Call) -> Op | None:
-    return Norm(call) if (*call.args, 2)[1] == 2 else None
-
-
-def _var_mean(call: Call) -> list[Op]:
-    variance, mean = call.out
-    a, dim = call.args[0], (*call.args, None)[1]
-    keepdim = call.kwargs.get("keepdim", False)
-    dims = dim or [*range(a.dim())]
-    return [
-        Variance(call._replace(out=variance)),
-        Linear(Call(aten.mean.dim, (a, dims, keepdim), {}, mean), unaveraged),
-    ]
-
-
 def _huber_first(d: Tensor, delta: float) -> Tensor:
     return d.clamp(-delta, delta)
 
@@ -417,16 +137,6 @@ def _smooth_first(d: Tensor, beta: float) -> Tensor:
 
 
 RULES: dict[Any, Rule] = {
-    aten._softmax.default: Softmax,
-    aten._safe_softmax.default: Softmax,
-    aten._log_softmax.default: LogSoftmax,
-    aten.logsumexp.default: LogSumExp,
-    aten.nll_loss_forward.default: partial(
-        NllLoss, forward=aten.nll_loss_forward, backward=aten.nll_loss_backward
-    ),
-    aten.nll_loss2d_forward.default: partial(
-        NllLoss, forward=aten.nll_loss2d_forward, backward=aten.nll_loss2d_backward
-    ),
     aten.mse_loss.default: partial(
         Residual, first=lambda d, _: 2.0 * d, second=lambda d, _: torch.full_like(d, 2.0)
     ),
@@ -440,8 +150,4 @@ RULES: dict[Any, Rule] = {
     ),
     aten.binary_cross_entropy.default: partial(BinaryCrossEntropy, logits=False),
     aten.binary_cross_entropy_with_logits.default: partial(BinaryCrossEntropy, logits=True),
-    aten.linalg_vector_norm.default: _norm,
-    aten.var.correction: Variance,
-    aten.std.correction: Deviation,
-    aten.var_mean.correction: _var_mean,
 }

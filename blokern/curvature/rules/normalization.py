@@ -165,8 +165,10 @@ class BatchNorm(Normalization):
         x_dot, weight_dot, bias_dot = tangents[:3]
         if x_dot is None:
             x_dot = _zeros(x, weight_dot if bias_dot is None else bias_dot, 1)
-        how = {"gate": gate, "train": self.own_statistics}
-        return ops.batch_norm_tangent(x, x_dot, mean, rstd, weight, weight_dot, bias_dot, **how)
+        train = self.own_statistics
+        return ops.batch_norm_tangent(
+            x, x_dot, mean, rstd, weight, weight_dot, bias_dot, gate=gate, train=train
+        )
 
     def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
         x, mean, rstd, weight, gate = self._statistics()

@@ -212,7 +212,7 @@ class Convolution(Bilinear):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         if self._is_stack(a):
-            return self.product(a.flatten(0, 1), b).unflatten(0, a.shape[:2])
+            return torch.unflatten(self.product(a.flatten(0, 1), b), 0, a.shape[:2])
         out: Tensor = aten.convolution(a, b, None, *self.how)
         return out
 
@@ -221,7 +221,7 @@ class Convolution(Bilinear):
         if self._is_stack(grad):
             x = x.new_empty_strided((len(grad) * len(x), *x.shape[1:]), x.stride())
             folded = self._backward(grad.flatten(0, 1), x, b, (True, False, False))[0]
-            return folded.unflatten(0, grad.shape[:2])
+            return torch.unflatten(folded, 0, grad.shape[:2])
         return self._backward(grad, x, b, (True, False, False))[0]
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
