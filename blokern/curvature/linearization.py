@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,9 +50,14 @@ class Linearization:
         self._parameters = parameters
         self._x = x
         self._products: TapeProducts | DoubleBackward | None = products
-        if x is not None:
-            grad = self._run(lambda: products.input_gradient())
-            self.grad_input = torch.zeros_like(x) if grad is None else grad
+
+    @cached_property
+    def grad_input(self) -> Tensor:
+        """∇ₓℓ, found once and then a help to every product."""
+        assert self._x is not None
+        assert self._products is not None
+        grad = self._run(self._products.input_gradient)
+        return torch.zeros_like(self._x) if grad is None else grad
 
     def hvp(self, v: Vector, *, retain_graph: bool = False) -> dict[str, Tensor]:
         """∇²_θ ℓ · v. Six sweeps.
@@ -147,6 +153,12 @@ def linearize(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linear
     >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
     >>> at_x.loss, at_x.grad_input, at_x.mixed_hvp(u)
     """
+    at_x = _record_with_input(model, loss_fn, x, y)
+    _ = at_x.grad_input
+    return at_x
+
+
+def _record_with_input(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linearization:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -177,14 +189,14 @@ def ggnvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[
 
 
 def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """∇_θ⟨∇ₓℓ, u⟩ at one batch for one u: `linearize(model, loss_fn, x, y).mixed_hvp(u)`. Six sweeps.
+    """∇_θ⟨∇ₓℓ, u⟩ at one batch for one u: as `linearize(model, loss_fn, x, y).mixed_hvp(u)`. Six sweeps.
 
     Arguments, result and errors are those of `linearize` and `Linearization.mixed_hvp`.
 
     >>> products = mixed_hvp(model, torch.nn.functional.cross_entropy, x, y, u)
     >>> products["fc.weight"].shape == model.fc.weight.shape
     """
-    return linearize(model, loss_fn, x, y).mixed_hvp(u)
+    return _record_with_input(model, loss_fn, x, y).mixed_hvp(u)
 
 
 def record(

@@ -45,6 +45,8 @@ class Op:
 
     #: Whether f bends, so that adjoint_tangent reads g and the tangents; if not, it is the adjoint of ġ.
     curved: bool = True
+    #: Whether an adjoint of it costs as much as the op, a matrix product or the like; if not, a few passes over memory.
+    sweeps: ClassVar[bool] = False
     #: The slots that the rules know derivatives in; None: all. A tape that needs another is refused.
     differentiable: ClassVar[tuple[int, ...] | None] = None
     #: Whether the rules take tangents and adjoints with a leading dimension themselves; else they are vmapped.

@@ -29,7 +29,7 @@ class TapeProducts:
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        # Adjoints of curved ops' outputs, which is all that products need; None: not computed yet.
+        # Adjoints of the swept values, from which a product finds the others on its way; None: not computed yet.
         self._adjoints: Values | None = None
 
     def input_gradient(self) -> Maybe:
@@ -40,7 +40,7 @@ class TapeProducts:
         for op in reversed(tape.ops):
             grad = grads.pop(op.output, None)
             if grad is not None:
-                if op.curved:
+                if op.output in tape.swept:
                     self._adjoints[op.output] = grad
                 wanted = [
                     v in tape.bent or (v is not None and bool(tape.depends[v] & INPUT)) for v in op.inputs
@@ -93,17 +93,22 @@ class TapeProducts:
     def _bend(self, span: range, tangents: Values, leaves: int, keep: bool, stack: bool) -> Values:
         """Backwards: the tangents of the adjoints of what depends on the leaves, and the adjoints unless known."""
         tape = self.tape
-        grads, dots = self._seed() if self._adjoints is None else {}, dict[int, Tensor]()
+        known = self._adjoints or {}
+        grads, dots = self._seed(), dict[int, Tensor]()
         for place in reversed(span):
             op = tape.ops[place]
             tangents.pop(op.output, None)  # whoever reads it has done so
-            grad = grads.pop(op.output, None) if self._adjoints is None else self._adjoints.get(op.output)
+            grad = grads.pop(op.output, None)
+            if op.output in known:
+                grad = known[op.output] if keep else known.pop(op.output)
             dot = dots.pop(op.output, None)
             wanted = [v is not None and bool(tape.depends[v] & leaves) for v in op.inputs]
             at = _values(tangents, op.inputs)
             bends = op.curved and grad is not None and any(t is not None for t in at)
-            inner = [want and v in tape.bent for want, v in zip(wanted, op.inputs, strict=True)]
-            if self._adjoints is not None or grad is None or not any(inner):
+            inner = [
+                want and v in tape.bent and v not in known for want, v in zip(wanted, op.inputs, strict=True)
+            ]
+            if grad is None or not any(inner):
                 self._bend_one(op, grad if bends else None, dot, at, wanted, dots, stack)
             elif bends and op.stacks:
                 slots, dot_slots = op.both(grad, dot, at, inner, wanted)
@@ -114,8 +119,6 @@ class TapeProducts:
                 self._bend_one(op, grad if bends else None, dot, at, wanted, dots, stack)
             if not keep:
                 op.saved = []
-                if self._adjoints is not None:
-                    self._adjoints.pop(op.output, None)
         return dots
 
     @staticmethod

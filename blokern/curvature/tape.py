@@ -69,6 +69,8 @@ class Tape:
         self.bent: set[int] = set()
         #: The values that curved ops read: products read their tangents.
         self.read: set[int] = set()
+        #: The values whose adjoints come from sweeps: worth keeping between products. The others' are recomputed.
+        self.swept: set[int] = set()
         #: Of each op, the values that no later one reads.
         self.last: list[list[int]] = []
         for op in self.ops:
@@ -81,6 +83,8 @@ class Tape:
                 self.bent.add(op.output)
             if op.curved:
                 self.read.update(inputs)
+            if op.sweeps:
+                self.swept.update(self.bent.intersection(inputs))
             # Off the graph, which lives no longer, but with its version counter.
             op.saved = [t.detach() for t in op.saved]
         seen: set[int] = set()

@@ -22,6 +22,7 @@ class Bilinear(Op):
     B_b(ġ, a) + B_b(g, ȧ) and ġ. A subclass says B, Bₐ and B_b, and where a, b and c are.
     """
 
+    sweeps = True
     #: The slots of a, b and c; None: no c.
     slot_a, slot_b = 0, 1
     slot_c: int | None = None
@@ -118,6 +119,8 @@ def _scaled(t: Maybe, factor: float) -> Maybe:
 class Multiply(Bilinear):
     """a · b, broadcast; a or b may be a number."""
 
+    sweeps = False
+
     def setup(self, out: Tensor, a: Any, b: Any) -> Sequence[Tensor]:
         if not isinstance(a, Tensor):
             a = torch.tensor(a, dtype=out.dtype, device=out.device)
@@ -176,6 +179,8 @@ class MatrixVector(Bilinear):
 
 
 class Dot(Bilinear):
+    sweeps = False
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
