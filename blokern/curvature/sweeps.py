@@ -33,7 +33,7 @@ class TapeProducts:
         self._adjoints: Values | None = None
 
     def input_gradient(self) -> Maybe:
-        """∇ₓℓ, in one sweep that later products are spared."""
+        """∇ₓℓ, in one sweep that later products are spared; None if x is no leaf of the tape."""
         tape = self.tape
         self._adjoints = {}
         grads = self._seed()
@@ -72,6 +72,8 @@ class TapeProducts:
 
     def _second(self, seeds: Values, leaves: int, keep: bool, stack: bool) -> Values:
         """The derivative of ∇ℓ along the seeds, by the parameters or the input."""
+        if keep and self._adjoints is None:
+            self.input_gradient()
         span = range(len(self.tape.ops))
         return self._bend(span, self._tangents(span, seeds, self.tape.read, stack), leaves, keep, stack)
 
