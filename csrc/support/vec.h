@@ -19,10 +19,6 @@
 
 namespace blokern {
 
-// Arithmetic happens in float for half types and float, in double for double.
-template <class T>
-using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // One register.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;

@@ -228,6 +228,17 @@ def test_x_outside_the_box_box_wins(norm: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_box_that_does_not_hold_zero(norm: str) -> None:
+    x_adv, x, _ = images((3, 3, 7, 11))
+    x_adv, x = 0.6 * x_adv + 0.3, 0.6 * x + 0.3
+    got = ops.project(x_adv, x, SIZES[norm][0], norm=norm, clip_min=0.25, clip_max=0.95)
+    want = reference.project(
+        x_adv.double(), x.double(), SIZES[norm][0], norm=norm, clip_min=0.25, clip_max=0.95
+    )
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
+
+
 def test_free_is_exact() -> None:
     """The mask is the strict test on the unclamped value in the op's own precision, also at the bounds."""
     gen = torch.Generator().manual_seed(0)

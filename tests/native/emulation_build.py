@@ -22,6 +22,7 @@ FLAGS = [
     "-Werror",
     "-Wno-unknown-pragmas",  # nvcc's unroll
     "-ffp-contract=off",
+    "-fno-strict-aliasing",  # a vector access is a cast, as in CUDA
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",

@@ -38,6 +38,13 @@ inline constexpr emulation::Coordinates<&emulation::Place::block> blockIdx{};
 inline constexpr emulation::Coordinates<&emulation::Place::block_size> blockDim{};
 inline constexpr emulation::Coordinates<&emulation::Place::grid_size> gridDim{};
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 // An array of the block, at a declaration's own key. The count is a constant, as it is for nvcc.
 #define BLOKERN_SHARED(type, name, count) \
   static const char name##_key = 0;       \
@@ -173,6 +180,10 @@ inline void __nanosleep(unsigned) { emulation::yield(); }
 template <class T>
 T __ldcg(const T* at) {
   return *at;
+}
+template <class T>
+void __stcg(T* at, T value) {
+  *at = value;
 }
 template <class T>
 T __ldg(const T* at) {
