@@ -89,6 +89,12 @@ constexpr const char* kCurvature[] = {
     "batch_norm_adjoint_tangent(Tensor grad, Tensor grad_dot, Tensor x, Tensor x_dot, " STATISTICS
     ", Tensor? weight_dot, Tensor? gate, bool train, bool adjoint)"
     " -> (Tensor x_bar, Tensor x_bar_dot, Tensor weight_bar_dot, Tensor bias_bar_dot)",
+    // The same of rows [M, D], statistics [M]; weights are [kinds, D], row m with those of m mod kinds.
+    "layer_norm_tangent(Tensor x, Tensor x_dot, " STATISTICS
+    ", Tensor? weight_dot, Tensor? bias_dot) -> Tensor",
+    "layer_norm_adjoint_tangent(Tensor grad, Tensor grad_dot, Tensor x, Tensor x_dot, " STATISTICS
+    ", Tensor? weight_dot, bool adjoint)"
+    " -> (Tensor x_bar, Tensor x_bar_dot, Tensor weight_bar_dot, Tensor bias_bar_dot)",
 };
 #undef STATISTICS
 

@@ -14,6 +14,8 @@ from blokern.ops.curvature import (
     batch_norm_adjoint,
     batch_norm_adjoint_tangent,
     batch_norm_tangent,
+    layer_norm_adjoint_tangent,
+    layer_norm_tangent,
     softmax_cross_entropy_hvp,
 )
 from blokern.ops.mask import SparseMask
@@ -36,6 +38,8 @@ __all__ = [
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
+    "layer_norm_adjoint_tangent",
+    "layer_norm_tangent",
     "masked_conv2d",
     "masked_linear",
     "masked_sgd_step_",

@@ -19,6 +19,8 @@ __all__ = [
     "batch_norm_adjoint",
     "batch_norm_adjoint_tangent",
     "batch_norm_tangent",
+    "layer_norm_adjoint_tangent",
+    "layer_norm_tangent",
     "softmax_cross_entropy_hvp",
 ]
 
@@ -136,6 +138,57 @@ def batch_norm_adjoint_tangent(
     return bars
 
 
+def layer_norm_tangent(
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    bias_dot: Tensor | None = None,
+) -> Tensor:
+    """The tangent of y = weight · (x − mean) · rstd + bias with mean and rstd those of each row; like x_dot.
+
+    x: [M, D]; mean, rstd: [M]; weight and the tangents of weight and bias: [1, D], or [kinds, D], of which row m takes
+    m mod kinds (group normalisation: a row is a sample's group of channels); None for a weight of 1 and tangents of 0.
+    Several vectors at once: x_dot [K, M, D], weight_dot and bias_dot [K, kinds, D].
+
+    >>> x = torch.tensor([[1.0, 3.0]])
+    >>> layer_norm_tangent(x, torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]), torch.tensor([1.0]))
+    tensor([[0., 0.]])
+    """
+    out: Tensor = torch.ops.blokern.layer_norm_tangent(x, x_dot, mean, rstd, weight, weight_dot, bias_dot)
+    return out
+
+
+def layer_norm_adjoint_tangent(
+    grad: Tensor,
+    grad_dot: Tensor,
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    *,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tangents of the adjoints (of x, of weight, of bias): (x_bar, x_bar_dot, weight_bar_dot, bias_bar_dot).
+
+    Arguments as in :func:`layer_norm_tangent`; grad is the adjoint of y. x_bar is the adjoint of x itself, in the same
+    pass, if `adjoint` is true, else empty. The weights' are [kinds, D] in float64, all but x_bar stacks if the
+    tangents are.
+
+    >>> x, g = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2)
+    >>> layer_norm_adjoint_tangent(g, g, x, x, torch.tensor([2.0]), torch.tensor([1.0]))[3]
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
+    bars: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.blokern.layer_norm_adjoint_tangent(
+        grad, grad_dot, x, x_dot, mean, rstd, weight, weight_dot, adjoint
+    )
+    return bars
+
+
 def _like(x: Tensor, stack: tuple[int, ...]) -> Tensor:
     """As the kernels lay their results out: like x if that is dense with pixels or channels innermost."""
     inner = x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
@@ -172,7 +225,30 @@ def _fake_adjoint_tangent(grad: Tensor, grad_dot: Tensor, x: Tensor, *args: Any)
     return own, _like(x, stack), _channels(x, stack), _channels(x, stack)
 
 
+def _fake_row_tangent(x: Tensor, x_dot: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x_dot.shape)
+
+
+def _fake_row_adjoint_tangent(
+    grad: Tensor,
+    grad_dot: Tensor,
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    weight_dot: Tensor | None,
+    adjoint: bool,
+) -> tuple[Tensor, ...]:
+    given = weight if weight is not None else weight_dot
+    kinds = 1 if given is None else given.shape[-2]
+    bar = x.new_empty(*_stack(x_dot, x), kinds, x.shape[1], dtype=torch.float64)
+    return x.new_empty(x.shape if adjoint else 0), x.new_empty(x_dot.shape), bar, torch.empty_like(bar)
+
+
 for _name, _fake in (
+    ("layer_norm_tangent", _fake_row_tangent),
+    ("layer_norm_adjoint_tangent", _fake_row_adjoint_tangent),
     ("softmax_cross_entropy_hvp", _fake_softmax_cross_entropy_hvp),
     ("batch_norm_tangent", _fake_tangent),
     ("batch_norm_adjoint", _fake_adjoint),

@@ -1,0 +1,56 @@
+// Layer and group normalisation's derivatives: curvature/normalization.h, a row being a group, with a γ for
+// every element. With h = γ g in the place of g, and ḣ = γ ġ + γ̇ g, the factors are those of γ = 1.
+#pragma once
+
+#include <cstdint>
+
+#include "curvature/normalization.h"
+#include "support/math.h"
+
+namespace blokern {
+
+// Rows of `size` dense elements; row m has the weights of row m mod `kinds`. Weights' pointers are null where
+// there are none: γ is then 1, and tangents are 0.
+template <class T, class A>
+struct NormRows {
+  int64_t rows;
+  int64_t size;
+  int64_t kinds;
+  const T* x;
+  const double* mean;  // [rows]
+  const double* rstd;
+  const A* weight;  // [kinds, size], as the others
+  const A* weight_dot;
+  const A* bias_dot;
+};
+
+template <class T, class A>
+struct LayerNormTangent {
+  NormRows<T, A> at;
+  const T* x_dot;
+  T* y_dot;
+};
+
+// Outputs that are null are not written. Rows come in blocks of kNormBlock; each has sums of its own for the
+// weights' adjoints, [kinds, size], so that they do not depend on threads.
+constexpr int64_t kNormBlock = 128;
+
+template <class T, class A>
+struct LayerNormAdjointTangent {
+  NormRows<T, A> at;
+  const T* x_dot;
+  const T* grad;
+  const T* grad_dot;
+  T* x_bar;
+  T* x_bar_dot;
+  A* weight_bar_dot;  // [blocks, kinds, size], zero at first
+  A* bias_bar_dot;
+};
+
+// CPU kernels; [begin, end) counts rows, or blocks of rows.
+template <class T, class A>
+void layer_norm_tangent(const LayerNormTangent<T, A>& p, int64_t begin, int64_t end);
+template <class T, class A>
+void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T, A>& p, int64_t begin, int64_t end);
+
+}  // namespace blokern
