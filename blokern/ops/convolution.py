@@ -267,7 +267,8 @@ def dense_arguments(
     Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added to
     x first.
 
-    >>> dense_arguments(x.shape, y.shape, weight.shape, plan.numbers)
+    >>> x, y = torch.Size([1, 2, 8, 8]), torch.Size([1, 3, 8, 8])
+    >>> dense_arguments(x, y, [3, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1])
     ([0, 0, 0, 0], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
     """
     stride, before, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]

@@ -82,6 +82,8 @@ def test_every_schema_is_checked_here() -> None:
         "batch_norm_adjoint",
         "batch_norm_adjoint_tangent",
         "batch_norm_tangent",
+        "layer_norm_adjoint_tangent",
+        "layer_norm_tangent",
         "softmax_cross_entropy_hvp",
     }  # in tests/curvature
     assert registered - sparse - curvature == set(SCHEMAS)
