@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -199,7 +199,11 @@ class Trainer:
         for batches in zip(*(s.epoch(self._epoch, self._batch) for s in self._streams), strict=True):
             self._set_rates()
             rule = self.rule
-            result = rule.step(*batches) if isinstance(rule, TwoBatchRule) else rule.step(*batches[0])
+            try:
+                result = rule.step(*batches) if isinstance(rule, TwoBatchRule) else rule.step(*batches[0])
+            except FloatingPointError as error:
+                read()  # an earlier loss may have been the first
+                self._diverged(str(error), self._batch + 1)
             pending.append((self._batch + 1, batches[0][1], result))
             self._batch += 1
             bar.update()
@@ -301,7 +305,7 @@ class Trainer:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 self._diverged(f"{name} is not finite", self._batch)
 
-    def _diverged(self, what: str, batch: int) -> None:
+    def _diverged(self, what: str, batch: int) -> NoReturn:
         step = self._epoch * len(self._batches) + batch
         last = self.run_dir / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"

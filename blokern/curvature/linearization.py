@@ -147,8 +147,8 @@ def linearize(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linear
     (an op, a custom autograd.Function, a hook on a gradient), a warning says so once and they come from
     autograd's double backward: as exact, slower.
 
-    Raises TypeError if x is not floating point; ValueError if the loss is not a scalar, or not finite, naming the
-    module where that starts.
+    Raises TypeError if x is not floating point; ValueError if the loss is not a scalar; FloatingPointError if it is
+    not finite, naming the module where that starts.
 
     >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
     >>> at_x.loss, at_x.grad_input, at_x.mixed_hvp(u)
@@ -235,7 +235,7 @@ def record(
         raise ValueError(f"loss_fn must return a scalar, got {got}")
     if not loss.isfinite():
         where = _first_non_finite(model, x)
-        raise ValueError(f"the loss is {loss.item()}: {where}")
+        raise FloatingPointError(f"the loss is {loss.item()}: {where}")
     tape = recorder.finish(split, loss, values)
     if tape is not None:
         return Linearization(
