@@ -1,4 +1,4 @@
-// e^x as a formula: for a scalar, and for the lanes of a vector.
+// e^x, and the normal distribution's tail, as formulas: for a scalar, and for the lanes of a vector.
 #pragma once
 
 #include <cmath>
@@ -48,6 +48,30 @@ template <class A>
 BLOKERN_INLINE Lanes<A> exponential(Lanes<A> x) {
   for (auto& part : x.v) part = exponential_vector(part);
   return x;
+}
+
+// Q(z) = ½ erfc(z / √2) for z ≥ 0, given e^(−z² / 2).
+template <class A>
+BLOKERN_INLINE EnableScalar<A> normal_tail(A z, A /*bell*/) {
+  return A(0.5) * std::erfc(z * A(0.7071067811865476));
+}
+
+BLOKERN_INLINE Lanes<double> normal_tail(Lanes<double> z, const Lanes<double>& /*bell*/) {
+  for (auto& part : z.v) {
+    for (int i = 0; i < Vector<double>::size; ++i) part[i] = 0.5 * std::erfc(part[i] * 0.7071067811865476);
+  }
+  return z;
+}
+
+// Within 1e-7 (Abramowitz and Stegun, 7.1.26).
+BLOKERN_INLINE Lanes<float> normal_tail(const Lanes<float>& z, const Lanes<float>& bell) {
+  using V = Lanes<float>;
+  const V t = V(1.0f) / (V(1.0f) + V(0.23164189f) * z);  // 0.3275911 / √2
+  V p = V(1.061405429f) * t + V(-1.453152027f);
+  p = p * t + V(1.421413741f);
+  p = p * t + V(-0.284496736f);
+  p = p * t + V(0.254829592f);
+  return V(0.5f) * p * t * bell;
 }
 
 }  // namespace blokern
