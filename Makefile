@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup build bench lint format clean
+.PHONY: demo test setup build bench lint format clean cuda-emulation cuda-check cuda-link
 .DEFAULT_GOAL := build
 
 demo: build
@@ -21,6 +21,20 @@ test: build
 
 bench: build
 	$(BIN)/blokern bench all
+
+# The CUDA kernels without a GPU (docs/gpu.md): emulated; compiled by nvcc and inspected; linked to a CUDA build of torch.
+cuda-emulation: build
+	$(BIN)/python -m pytest tests/native -s
+
+cuda-check: setup
+	$(BIN)/python tests/native/cuda_check.py
+
+cuda-link:
+	$(PYTHON) -m venv build/cuda-link
+	build/cuda-link/bin/pip install -q torch==2.14.1 setuptools wheel ninja numpy
+	FORCE_CUDA=1 build/cuda-link/bin/pip install -q --no-build-isolation .
+	cd build && cuda-link/bin/python -c 'import torch, blokern; from blokern._backend import build_info; \
+		print(build_info()); assert torch._C._dispatch_has_kernel_for_dispatch_key("blokern::pgd_step_l2", "CUDA")'
 
 lint: setup
 	$(BIN)/ruff check .

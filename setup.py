@@ -1,13 +1,17 @@
-"""The native build: `_C` (schemas, bindings) and the CPU kernels once for each instruction set."""
+"""The native build: `_C` (schemas, bindings), the CPU kernels once for each instruction set, and the CUDA kernels."""
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -33,6 +37,17 @@ FLAGS = [
     "-ffp-contract=off",
     *(flag for path in include_paths() for flag in ("-isystem", path)),
 ]
+
+
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",  # as -ffp-contract=off
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+]
+#: Ampere, Hopper, and by its PTX what comes after; TORCH_CUDA_ARCH_LIST overrides it.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
@@ -61,15 +76,45 @@ def cpu_library(capability: str, flags: list[str]) -> CppExtension:
     )
 
 
-def cuda_decision() -> str:
-    """Whether CUDA kernels are built, and why."""
+def cuda_library() -> CppExtension:
+    return CUDAExtension(
+        "blokern._cuda",
+        sources("cpu_module.cpp", "*/register_cuda.cpp", "*/*_cuda.cu"),
+        include_dirs=[str(CSRC)],
+        depends=sources("**/*.h", "**/*.cuh"),
+        extra_compile_args={"cxx": FLAGS, "nvcc": NVCC_FLAGS},
+    )
+
+
+def nvcc_version() -> str | None:
+    """As "13.0"; None where there is no nvcc."""
+    nvcc = Path(CUDA_HOME) / "bin" / "nvcc" if CUDA_HOME else None
+    found = nvcc if nvcc is not None and nvcc.exists() else shutil.which("nvcc")
+    if found is None:
+        return None
+    told = subprocess.run([str(found), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", told).group(1)
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Whether CUDA kernels are built, and why. FORCE_CUDA=1 makes it an error not to."""
+    nvcc, forced = nvcc_version(), os.environ.get("FORCE_CUDA") == "1"
     if torch.version.cuda is None:
-        return "no: this torch is a CPU build"
-    return "no: this version of blokern has CPU kernels alone"
+        builds, why = False, "this torch is a CPU build"
+    elif nvcc is None:
+        builds, why = False, f"torch is built for CUDA {torch.version.cuda}, and there is no nvcc"
+    elif nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        builds, why = False, f"torch is built for CUDA {torch.version.cuda}, and nvcc is of CUDA {nvcc}"
+    else:
+        builds, why = True, f"CUDA {torch.version.cuda}, nvcc {nvcc}"
+    if forced and not builds:
+        raise SystemExit(f"blokern: FORCE_CUDA=1, but {why}")
+    return builds, why
 
 
 def main() -> None:
-    built, cuda = " ".join(CAPABILITIES), cuda_decision()
+    builds_cuda, why = cuda_decision()
+    built, cuda = " ".join(CAPABILITIES), f"{'yes' if builds_cuda else 'no'}: {why}"
     print(f"blokern: CPU kernels for {built}; CUDA: {cuda}")
     facts = {"TORCH_VERSION": torch.__version__, "CPU_CAPABILITIES": built, "CUDA": cuda}
     core = extension(
@@ -78,8 +123,12 @@ def main() -> None:
         [f'-DBLOKERN_{name}="{value}"' for name, value in facts.items()],
         [],
     )
+    libraries = [cpu_library(name, flags) for name, flags in CAPABILITIES.items()]
+    if builds_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        libraries.append(cuda_library())
     setup(
-        ext_modules=[core, *(cpu_library(name, flags) for name, flags in CAPABILITIES.items())],
+        ext_modules=[core, *libraries],
         cmdclass={"build_ext": BuildEachInItsOwnFolder},
     )
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.race import Case
 from blokern import ops
+from blokern._race import Case
 
 SHAPES = {"128×3×32×32": (128, 3, 32, 32), "64×3×224×224": (64, 3, 224, 224)}
 #: (eps, step_size): after a few steps the projection is active, as in an attack.

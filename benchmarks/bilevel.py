@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.race import Case
-from blokern import bilevel, models
-from blokern._memory import keep_freed_memory
+from benchmarks.networks import images, network
+from blokern import bilevel, keep_freed_memory
+from blokern._race import Case
 
 EPS = 8 / 255
 BATCH = 64
@@ -45,32 +45,18 @@ def released_fast_bat(model: nn.Module, optimizer: torch.optim.Optimizer, x: Ten
 
 
 def _step_of(method: str, x: Tensor, y: Tensor, precision: str = "fp32") -> Callable[[], object]:
-    model, optimizer = _network(x)
+    model, optimizer = network("preact_resnet18", x)
     rule_type, settings_type = bilevel.METHODS[method]
     options = {"precision": precision} | ({} if method == "plain" else {"eps": EPS})
     rule = rule_type(model, optimizer, settings_type(**options))
     return lambda: rule.step(x, y)
 
 
-def _network(x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = models.build("preact_resnet18", num_classes=10, in_channels=x.shape[1]).train()
-    model = model.to(memory_format=_format(x))
-    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    nhwc = torch.channels_last
-    return nhwc if x.is_contiguous(memory_format=nhwc) else torch.contiguous_format
-
-
 def cases() -> Iterator[Case]:
     keep_freed_memory()  # as `blokern train` does; it serves every rival
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(BATCH, 3, 32, 32, generator=generator)
-    y = torch.randint(10, (BATCH,), generator=generator)
+    x, y = images(BATCH)
     nhwc = x.contiguous(memory_format=torch.channels_last)
-    released_model, released_optimizer = _network(x)
+    released_model, released_optimizer = network("preact_resnet18", x)
     rivals: dict[str, Callable[[], object]] = {
         "standard step": _step_of("plain", x, y),
         **{f"{name}": _step_of(name, x, y) for name in bilevel.METHODS if name != "plain"},

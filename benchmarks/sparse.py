@@ -1,116 +1,234 @@
-"""Products with a masked weight against the dense ones: on weight * mask, as pruning code multiplies, and on a weight
-masked beforehand; and against torch's CSR. Ours gathers weights in every call; the mask's own forms are made once."""
+"""Products with a masked weight, of the layers that people prune, against the dense ones: on weight * mask, as pruning
+code multiplies, and on a weight masked beforehand; and against the CSR matrices of torch and of scipy, made beforehand.
+
+Four cases a layer: forward; backward, gradients by both factors; refresh, when the mask has changed, of all that is
+made of it; and the three together, as in a training step. Ours gathers weights in every call."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import scipy.sparse
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.race import Case
-from blokern import ops
-from blokern._memory import keep_freed_memory
-
-SPARSITIES = (50, 80, 90, 95, 99)
-LINEAR = (2048, 2048)
-#: in, out, height and width, kernel, stride: ResNet-18's on CIFAR, one of a kind.
-LAYERS = (
-    (64, 64, 32, 3, 1),
-    (128, 128, 16, 3, 1),
-    (256, 256, 8, 3, 1),
-    (512, 512, 4, 3, 1),
-    (128, 256, 16, 3, 2),
-    (256, 512, 8, 1, 2),
-)
-BATCH = 128
+from blokern import keep_freed_memory, ops
+from blokern._race import Case
+from blokern.sparse import to_samples_innermost
 
 Run = Callable[[], object]
 
 
-def _masked(shape: tuple[int, ...], sparsity: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, weight [out, in], or a convolution, [out, in, k, k]; sample: the shape of x without its batch."""
+
+    name: str
+    weight: tuple[int, ...]
+    sample: tuple[int, ...]
+    stride: int = 1
+
+    @property
+    def how(self) -> tuple[None, int, int]:
+        """What a convolution takes after its weight and mask."""
+        return None, self.stride, self.weight[-1] // 2
+
+
+def linear(inputs: int, outputs: int, *tokens: int) -> Layer:
+    of = f", {tokens[0]} tokens" if tokens else ""
+    return Layer(f"linear {inputs}→{outputs}{of}", (outputs, inputs), (*tokens, inputs))
+
+
+def conv(channels: int, filters: int, size: int, taps: int, stride: int = 1) -> Layer:
+    name = f"conv {channels}→{filters}, {size}², {taps}×{taps}/{stride}"
+    return Layer(name, (filters, channels, taps, taps), (channels, size, size), stride)
+
+
+MLP = [linear(2048, 2048)]
+#: On CIFAR, one of a kind.
+RESNET18 = [
+    *(conv(64, 64, 32, 3), conv(128, 128, 16, 3), conv(256, 256, 8, 3), conv(512, 512, 4, 3)),
+    *(conv(128, 256, 16, 3, stride=2), conv(256, 512, 8, 1, stride=2)),
+]
+#: On ImageNet: a stage's bottleneck, and what lies before and between stages. ResNet-18's 3×3 layers are the same.
+BOTTLENECK = conv(64, 256, 56, 1)
+RESNET50 = [
+    *(conv(3, 64, 224, 7, stride=2), conv(256, 64, 56, 1), conv(64, 64, 56, 3), BOTTLENECK),
+    *(conv(256, 512, 56, 1, stride=2), conv(512, 128, 28, 1), conv(128, 128, 28, 3), conv(128, 512, 28, 1)),
+    *(conv(1024, 256, 14, 1), conv(256, 256, 14, 3), conv(256, 1024, 14, 1)),
+    *(conv(2048, 512, 7, 1), conv(512, 512, 7, 3), conv(512, 2048, 7, 1)),
+]
+#: The 1×1 layers; the depthwise ones have too few weights to prune.
+POINTWISE = conv(512, 512, 14, 1)
+MOBILENET = [conv(64, 128, 56, 1), conv(128, 256, 28, 1), POINTWISE, conv(1024, 1024, 7, 1)]
+TRANSFORMER = [linear(512, 2048, 128), linear(768, 3072, 128)]
+
+#: Layers × batches × sparsities in per cent.
+Selection = tuple[list[Layer], tuple[int, ...], tuple[int, ...]]
+QUICK: list[Selection] = [
+    (MLP, (128, 8, 1), (50, 80, 90, 95, 99)),
+    (RESNET18, (128,), (80, 90, 95, 99)),
+    ([*TRANSFORMER, BOTTLENECK, POINTWISE], (1,), (90,)),
+]
+FULL: list[Selection] = [
+    (MLP + RESNET18 + RESNET50 + MOBILENET + TRANSFORMER, (128, 8, 1), (50, 70, 80, 90, 95, 98, 99)),
+]
+
+
+def quick() -> Iterator[Case]:
+    """The cases of README and results: two minutes."""
+    return _cases(QUICK)
+
+
+def full() -> Iterator[Case]:
+    """Every layer, batch and sparsity: hours, and 10 GB of memory."""
+    return _cases(FULL)
+
+
+def _cases(selections: list[Selection]) -> Iterator[Case]:
+    keep_freed_memory()  # as `blokern train` and `prune` do; it serves every rival
+    for layers, batches, sparsities in selections:
+        for layer, batch, sparsity in itertools.product(layers, batches, sparsities):
+            yield from _layer(layer, batch, sparsity)
+
+
+class Rival(NamedTuple):
+    """A product of x and weight, and the gradient of its result."""
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+
+    def forward(self) -> object:
+        return self.product(self.x, self.weight)
+
+    def backward(self) -> Run:
+        leaves = self._leaves()
+        return partial(torch.autograd.grad, self.product(*leaves), leaves, self.grad, retain_graph=True)
+
+    def step(self, refresh: Run) -> Run:
+        leaves = self._leaves()
+
+        def run() -> object:
+            refresh()
+            return torch.autograd.grad(self.product(*leaves), leaves, self.grad)
+
+        return run
+
+    def _leaves(self) -> tuple[Tensor, Tensor]:
+        return self.x.detach().requires_grad_(), self.weight.detach().requires_grad_()
+
+
+def _layer(layer: Layer, batch: int, sparsity: int) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(shape, generator=generator) >= sparsity / 100
-    return torch.randn(shape, generator=generator), mask
+    mask = torch.rand(layer.weight, generator=generator) >= sparsity / 100
+    moved = mask ^ (torch.rand(layer.weight, generator=generator) < 0.01 * (1 - sparsity / 100))
+    weight = torch.randn(layer.weight, generator=generator)
+    x = torch.randn(batch, *layer.sample, generator=generator)
+    sparse = ops.SparseMask(mask)
+    rivals = dict((_linears if len(layer.weight) == 2 else _convs)(layer, x, weight, mask, sparse))
+    csr = _CSR(layer, x, weight * mask)
+    ours = next(iter(rivals))
+    for rival in rivals.values():
+        torch.testing.assert_close(rival.forward(), rivals[ours].forward(), rtol=1e-3, atol=1e-3)
+
+    masks = itertools.cycle((moved, mask))
+    product, leaf = rivals[ours].product, weight.clone().requires_grad_()
+
+    def refresh() -> None:
+        sparse.update_(next(masks))
+        product(x[:0], leaf)  # makes what is needed of a mask, and computes nothing
+
+    def refresh_of(name: str) -> Run:
+        return refresh if name.startswith("blokern") else lambda: None
+
+    name = f"{layer.name}, batch {batch}, {sparsity} % sparse"
+    forward = {key: rival.forward for key, rival in rivals.items()}
+    yield Case(f"{name}, forward", forward | csr.forward(), ours)
+    backward = {key: rival.backward() for key, rival in rivals.items()}
+    yield Case(f"{name}, backward", backward | csr.backward(rivals[ours].grad), ours)
+    yield Case(f"{name}, refresh", {"blokern": refresh, **_refreshes(weight, mask)}, "blokern")
+    steps = {key: rival.step(refresh_of(key)) for key, rival in rivals.items()}
+    yield Case(f"{name}, refresh, forward and backward", steps, ours)
 
 
-def _step(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> Run:
-    """Forward and backward, gradients by both."""
-    leaves = x.detach().requires_grad_(), weight.clone().requires_grad_()
-
-    def run() -> object:
-        return torch.autograd.grad(product(*leaves), leaves, grad)
-
-    return run
-
-
-def _linear(sparsity: int, batch: int) -> Iterator[Case]:
-    weight, mask = _masked(LINEAR, sparsity)
-    x, grad = torch.randn(batch, LINEAR[1]), torch.randn(batch, LINEAR[0])
-    floats, sparse, masked = mask.float(), ops.SparseMask(mask), weight * mask
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's CSR is in beta
-        csr = masked.to_sparse_csr()
-    name = f"linear {batch}×{LINEAR[1]}×{LINEAR[0]}, {sparsity} % sparse"
-    rivals: dict[str, Run] = {
-        "blokern": lambda: ops.masked_linear(x, weight, sparse),
-        "F.linear(x, weight * mask)": lambda: F.linear(x, weight * floats),
-        "F.linear, masked beforehand": lambda: F.linear(x, masked),
-        "torch CSR, made beforehand": lambda: csr @ x.t(),
-    }
-    yield Case(f"{name}, forward", rivals, ours="blokern")
-    rivals = {
-        "blokern": _step(lambda x, w: ops.masked_linear(x, w, sparse), x, weight, grad),
-        "F.linear(x, weight * mask)": _step(lambda x, w: F.linear(x, w * floats), x, weight, grad),
-    }
-    yield Case(f"{name}, forward + backward", rivals, ours="blokern")
+def _linears(
+    layer: Layer, x: Tensor, weight: Tensor, mask: Tensor, sparse: ops.SparseMask
+) -> Iterable[tuple[str, Rival]]:
+    floats = mask.float()
+    grad = torch.randn(*x.shape[:-1], layer.weight[0])
+    yield "blokern", Rival(lambda x, w: ops.masked_linear(x, w, sparse), x, weight, grad)
+    yield "F.linear(x, weight * mask)", Rival(lambda x, w: F.linear(x, w * floats), x, weight, grad)
+    yield "F.linear, masked beforehand", Rival(F.linear, x, weight * mask, grad)
 
 
-def _conv(sparsity: int, layer: tuple[int, int, int, int, int]) -> Iterator[Case]:
-    channels, filters, size, taps, stride = layer
-    how = (None, stride, taps // 2)
-    weight, mask = _masked((filters, channels, taps, taps), sparsity)
-    masked, sparse, nhwc = weight * mask, ops.SparseMask(mask), torch.channels_last
-    x = torch.randn(BATCH, channels, size, size)
-    grad = torch.randn_like(F.conv2d(x, masked, *how))
-    last = (x.contiguous(memory_format=nhwc), masked.contiguous(memory_format=nhwc))
-    grad_last = grad.contiguous(memory_format=nhwc)
-
-    def samples_innermost(t: Tensor) -> Tensor:
-        return t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-
-    x_inner, grad_inner = samples_innermost(x), samples_innermost(grad)
-
+def _convs(
+    layer: Layer, x: Tensor, weight: Tensor, mask: Tensor, sparse: ops.SparseMask
+) -> Iterable[tuple[str, Rival]]:
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return ops.masked_conv2d(x, weight, sparse, *how)
+        return ops.masked_conv2d(x, weight, sparse, *layer.how)
 
     def dense(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, *how)
+        return F.conv2d(x, weight, *layer.how)
 
-    name = f"conv {channels}→{filters}, {size}², {taps}×{taps}/{stride}, batch {BATCH}, {sparsity} % sparse"
-    rivals: dict[str, Run] = {
-        "blokern, samples innermost": lambda: product(x_inner, weight),
-        "blokern, NCHW": lambda: product(x, weight),
-        "F.conv2d, NCHW, masked beforehand": lambda: dense(x, masked),
-        "F.conv2d, channels_last, masked beforehand": lambda: dense(*last),
+    def channels_last(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last)
+
+    masked = weight * mask
+    grad = torch.randn_like(dense(x, masked))
+    inner = to_samples_innermost(x), weight, to_samples_innermost(grad)
+    yield "blokern, samples innermost", Rival(product, *inner)
+    yield "blokern, NCHW", Rival(product, x, weight, grad)
+    yield "F.conv2d, NCHW, masked beforehand", Rival(dense, x, masked, grad)
+    last = map(channels_last, (x, masked, grad))
+    yield "F.conv2d, channels_last, masked beforehand", Rival(dense, *last)
+
+
+class _CSR:
+    """The same by CSR matrices, where a layer is one product of matrices; its inputs lie as they like it."""
+
+    def __init__(self, layer: Layer, x: Tensor, masked: Tensor) -> None:
+        self.applies = layer.weight[2:] in ((), (1, 1)) and layer.stride == 1
+        self.features = 1 if layer.weight[2:] else -1  # the dimension of x
+        self.masked, self.x = masked.flatten(1), self._columns(x)
+
+    def forward(self) -> dict[str, Run]:
+        if not self.applies:
+            return {}
+        csr, array, x = _torch_csr(self.masked), scipy.sparse.csr_matrix(self.masked.numpy()), self.x
+        return {"torch CSR": lambda: csr @ x, "scipy CSR": lambda: array @ x.numpy()}
+
+    def backward(self, grad: Tensor) -> dict[str, Run]:
+        if not self.applies:
+            return {}
+        csr, turned, x = _torch_csr(self.masked), _torch_csr(self.masked.t()), self.x.t()
+        columns = self._columns(grad)
+        return {
+            "torch CSR": lambda: (turned @ columns, torch.sparse.sampled_addmm(csr, columns, x, beta=0.0))
+        }
+
+    def _columns(self, t: Tensor) -> Tensor:
+        """[features, all else], contiguous."""
+        return t.movedim(self.features, 0).flatten(1).contiguous()
+
+
+def _refreshes(weight: Tensor, mask: Tensor) -> dict[str, Run]:
+    matrix, floats = (weight * mask).flatten(1), mask.float()
+    return {
+        "weight * mask": lambda: weight * floats,
+        "torch CSR, from dense": lambda: _torch_csr(matrix),
+        "scipy CSR, from dense": lambda: scipy.sparse.csr_matrix(matrix.numpy()),
     }
-    yield Case(f"{name}, forward", rivals, ours="blokern, samples innermost")
-    rivals = {
-        "blokern, samples innermost": _step(product, x_inner, weight, grad_inner),
-        "blokern, NCHW": _step(product, x, weight, grad),
-        "F.conv2d, NCHW, masked beforehand": _step(dense, x, masked, grad),
-        "F.conv2d, channels_last, masked beforehand": _step(dense, *last, grad_last),
-    }
-    yield Case(f"{name}, forward + backward", rivals, ours="blokern, samples innermost")
 
 
-def cases() -> Iterator[Case]:
-    keep_freed_memory()  # as `blokern train` and `prune` do; it serves every rival
-    for sparsity in SPARSITIES:
-        for batch in (128, 8, 1):
-            yield from _linear(sparsity, batch)
-    for layer in LAYERS:
-        for sparsity in SPARSITIES[1:]:
-            yield from _conv(sparsity, layer)
+def _torch_csr(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is in beta
+        return matrix.to_sparse_csr()

@@ -1,4 +1,5 @@
-"""Loads the native code: ``_C``, and the one CPU library that fits this processor. Fails loudly: no fallback."""
+"""Loads the native code: ``_C``, the one CPU library that fits this processor, and the CUDA kernels where they are
+built. Fails loudly: no fallback."""
 
 from __future__ import annotations
 
@@ -42,9 +43,15 @@ def _load_cpu(core: ModuleType) -> str:
     return wanted
 
 
+def _load_cuda(core: ModuleType) -> None:
+    if core.cuda.startswith("yes"):
+        importlib.import_module("blokern._cuda")
+
+
 C: ModuleType = _load_core()
 #: The instruction set whose kernels are loaded.
 CPU_CAPABILITY: str = _load_cpu(C)
+_load_cuda(C)
 
 
 def build_info() -> dict[str, str]:

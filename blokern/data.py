@@ -26,7 +26,7 @@ from torch import Tensor
 
 from blokern._names import unknown_name
 
-__all__ = ["NAMES", "Batches", "ImageDataset", "Splits", "load"]
+__all__ = ["NAMES", "Batches", "ImageDataset", "Splits", "image_shape", "load"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,13 @@ class ImageDataset:
             stds.append(float((frequency * (values - mean) ** 2).sum().sqrt()))
         return tuple(means), tuple(stds)
 
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """The data set with its images and labels on the device.
+
+        >>> data = data.to("cuda")
+        """
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def subset(self, indices: Tensor | Sequence[int]) -> ImageDataset:
         """The images at ``indices`` (integers in [0, N), in that order), copied.
 
@@ -179,6 +186,20 @@ def load(
     # Sorted, so that the training order does not depend on the seed beyond who is in which part.
     val_index, train_index = order[:held_out].sort().values, order[held_out:].sort().values
     return Splits(train=train.subset(train_index), val=train.subset(val_index), test=test)
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """C, H and W of the images of a data set, whose files need not be there. ValueError for an unknown name.
+
+    >>> image_shape("fashion-mnist")
+    (1, 28, 28)
+    """
+    if name.startswith("synthetic"):
+        channels, height, width, _ = _synthetic_size(name)
+        return channels, height, width
+    if name not in _SHAPES:
+        raise unknown_name("name", name, NAMES)
+    return _SHAPES[name]
 
 
 class Batches:
@@ -325,11 +346,7 @@ def _digits(name: str, data_dir: Path | None) -> _Pair:
 
 def _synthetic(name: str, data_dir: Path | None) -> _Pair:
     """Uniform noise with random labels, always the same: 2048 images to train on, 512 to test on."""
-    shape = name.removeprefix("synthetic").removeprefix(":") or "3x32x32x10"
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
-    if match is None:
-        raise ValueError(f"name: expected synthetic:CxHxWxK, such as synthetic:3x64x64x200, got {name!r}")
-    *size, num_classes = map(int, match.groups())
+    *size, num_classes = _synthetic_size(name)
     generator = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> ImageDataset:
@@ -338,6 +355,16 @@ def _synthetic(name: str, data_dir: Path | None) -> _Pair:
         return ImageDataset(name, images, labels, num_classes, flip=True)
 
     return noise(2048), noise(512)
+
+
+def _synthetic_size(name: str) -> tuple[int, int, int, int]:
+    """C, H, W and the number of classes."""
+    shape = name.removeprefix("synthetic").removeprefix(":") or "3x32x32x10"
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
+    if match is None:
+        raise ValueError(f"name: expected synthetic:CxHxWxK, such as synthetic:3x64x64x200, got {name!r}")
+    channels, height, width, num_classes = map(int, match.groups())
+    return channels, height, width, num_classes
 
 
 def _idx(name: str, data_dir: Path | None, *, flip: bool, installed: Path | None = None) -> _Pair:
@@ -496,6 +523,17 @@ _LOADERS: dict[str, Callable[[str, Path | None], _Pair]] = {
     "svhn": partial(_torchvision, cls="SVHN", num_classes=10, flip=False),
     "tiny-imagenet": _tiny_imagenet,
     "synthetic": _synthetic,
+}
+
+#: Of each but synthetic, C, H and W.
+_SHAPES = {
+    "digits": (1, 8, 8),
+    "fashion-mnist": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "svhn": (3, 32, 32),
+    "tiny-imagenet": (3, 64, 64),
 }
 
 #: The names that :func:`load` knows.

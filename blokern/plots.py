@@ -32,7 +32,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) 
     """Draw loss, standard and, where all have it, robust accuracy over the epochs, a line for each run of ``runs``.
 
     Args:
-        runs: by name, the records that :meth:`blokern.bilevel.trainer.Trainer.fit` returns.
+        runs: by name, the records that :meth:`blokern.bilevel.Trainer.fit` returns.
         path: the PNG to write.
 
     Raises:

@@ -27,23 +27,30 @@ constexpr const char* kFastBat =
     "clip_max)"
     " -> (Tensor delta, Tensor free)";
 
-// Masks are words, int64 [rows, ⌈cols / 64⌉]; a stream is (start, column, block), see sparse/stream.h, and
-// the products also carry that of the transposed mask, for their derivatives: none where no derivative is
-// wanted. dense_grad is for the derivatives too: a weight's gradient whatever the mask; of a convolution, the
-// numbers that it takes, or none.
-#define STREAMS "Tensor start, Tensor column, int block, Tensor? start_t, Tensor? column_t, int block_t"
-// The streams and the geometry of a convolution, and of its gradient by the input: see ops/convolution.py.
-#define PLANS "Tensor[] streams, Tensor[] streams_t, int[] geometry, int[] geometry_t"
+// Masks are words, int64 [rows, ⌈cols / 64⌉]; a stream is (start, column, block, words), see sparse/stream.h,
+// and the products also carry that of the transposed mask, for their derivatives: none where no derivative is
+// wanted. dense_grad is for the derivatives too: a weight's gradient whatever the mask.
+#define STREAMS                                                                                \
+  "Tensor start, Tensor column, int block, Tensor? words, Tensor? start_t, Tensor? column_t, " \
+  "int block_t, Tensor? words_t"
+// A convolution's Plan, see ops/convolution.py.
+#define PLANS \
+  "Tensor[] streams, Tensor[] streams_t, int[] geometry, int[] geometry_t, int[] numbers, Tensor words"
 constexpr const char* kProducts[] = {
     "mask_words(Tensor mask) -> Tensor",
     "words_mask(Tensor words, int cols) -> Tensor",
     "transpose_words(Tensor words, int cols) -> Tensor",
     "mask_stream(Tensor words, int cols, int block) -> (Tensor start, Tensor column)",
+    "conv2d_entries(Tensor words, int[] weight, int groups, int[] place, int plane, int block, bool "
+    "transposed)"
+    " -> (Tensor start, Tensor source, Tensor offset)",
+    "count_words(Tensor words) -> Tensor",
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", int[]? dense_grad=None) -> Tensor",
-    "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", int[]? dense_grad=None) -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", bool dense_grad) -> Tensor",
+    "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", bool dense_grad) -> Tensor",
     "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",
+    "conv2d_weight(Tensor grad, Tensor x, int[] geometry, int[] weight_shape, int[] numbers) -> Tensor",
 };
 #undef STREAMS
 #undef PLANS

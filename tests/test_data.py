@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from blokern import data
-from blokern.data import Batches, ImageDataset, load
+from blokern.data import NAMES, Batches, ImageDataset, image_shape, load
 
 
 def dataset(count: int = 10, size: int = 16, channels: int = 2, flip: bool = True) -> ImageDataset:
@@ -150,6 +150,19 @@ def test_synthetic() -> None:
             load(name)
 
 
+@pytest.mark.parametrize("name", ["digits", "synthetic", "synthetic:1x4x6x3"])
+def test_image_shape_is_that_of_the_loaded_images(name: str) -> None:
+    assert image_shape(name) == load(name).test.images.shape[1:]
+
+
+def test_every_data_set_has_an_image_shape() -> None:
+    assert all(len(image_shape(name)) == 3 for name in NAMES)
+    with pytest.raises(ValueError, match=r"name must be one of .*got 'cifar-10'"):
+        image_shape("cifar-10")
+    with pytest.raises(ValueError, match="expected synthetic:CxHxWxK"):
+        image_shape("synthetic:big")
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "tiny-imagenet"])
 def test_data_dir_is_required(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", fake_torchvision({}))
@@ -255,6 +268,7 @@ def test_real_fashion_mnist() -> None:
         pytest.skip(f"{folder} is not there (Debian: apt install dataset-fashion-mnist)")
     splits = load("fashion-mnist")
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [54_000, 6_000, 10_000]
+    assert splits.test.images.shape[1:] == image_shape("fashion-mnist")
     assert splits.test.labels.bincount().tolist() == [1000] * 10
     assert splits.train.mean == pytest.approx([0.286], abs=2e-3)
     assert splits.train.std == pytest.approx([0.353], abs=2e-3)
@@ -345,7 +359,7 @@ def test_tiny_imagenet(tiny_imagenet: Path) -> None:
     reds = splits.train.images[:, 0].double().mean((1, 2))
     assert (reds - torch.tensor([0, 200, 10, 20])).abs().max() < 3
     assert splits.test.labels.tolist() == [1, 0]
-    assert splits.test.images.shape == (2, 3, 64, 64)
+    assert splits.test.images.shape == (2, *image_shape("tiny-imagenet"))
     assert (splits.test.num_classes, splits.test.flip) == (2, True)
 
 

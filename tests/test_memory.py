@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from blokern._memory import keep_freed_memory
+from blokern import keep_freed_memory
 
 STEADY = """
 import resource, torch
-from blokern._memory import keep_freed_memory
+from blokern import keep_freed_memory
 print(keep_freed_memory())
 def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -34,8 +34,10 @@ from blokern.bilevel.pruning import (
     SynFlow,
     SynFlowSettings,
 )
+from blokern.bilevel.signals import Interrupted
 from blokern.bilevel.step import StepResult, StepRule, TwoBatchRule
-from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
+from blokern.bilevel.train_settings import TrainSettings
+from blokern.bilevel.trainer import Trainer
 
 __all__ = [
     "IMP",

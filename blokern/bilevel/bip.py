@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -15,17 +15,17 @@ from torch.optim import Optimizer
 
 from blokern import ops
 from blokern._names import unknown_name
+from blokern.bilevel.implicit import MaskedLayer, ModelLoss, Solver, dense_grad, implicit_gradient
 from blokern.bilevel.masking import PruningSettings, prunable, select
 from blokern.bilevel.settings import check_numbers
 from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
-from blokern.sparse import MaskedConv2d, MaskedLinear, sparsify
+from blokern.curvature import cg_solve, neumann_solve
+from blokern.sparse import SparseMask, sparsify
 
 __all__ = ["BiP", "BiPSettings", "ModelLoss", "cross_entropy"]
 
-#: (model, x, y) → the loss, a scalar, and the logits [N, K] that it is of.
-ModelLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Mode: TypeAlias = Literal["paper", "released"]
-MaskedLayer: TypeAlias = MaskedConv2d | MaskedLinear
+Implicit: TypeAlias = Literal["bilinear", "cg", "neumann"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,11 @@ class BiPSettings(PruningSettings):
         score_lr: learning rate of the scores at first; the paper's is a tenth of it from 50 % of the run on, a
             hundredth from 75 % on.
         score_momentum, score_weight_decay: of SGD on the scores.
+        implicit: of the lower level's derivative by the mask, (M H M + γ I)⁻¹ with the Hessian H = ∇²_w ℓ: "bilinear"
+            takes H for zero, as the paper does, and needs no product with it; "cg" and "neumann" solve the system,
+            "neumann" by a series that wants implicit_scale below 2 / (γ + H's largest eigenvalue).
+        implicit_steps: products with H a step, at most.
+        implicit_scale: of the series.
     """
 
     mode: Mode = "paper"
@@ -46,12 +51,19 @@ class BiPSettings(PruningSettings):
     score_lr: float = 0.1
     score_momentum: float = 0.9
     score_weight_decay: float = 0.0
+    implicit: Implicit = "bilinear"
+    implicit_steps: int = 10
+    implicit_scale: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self)
         if self.mode not in get_args(Mode):
             raise unknown_name("mode", self.mode, get_args(Mode))
+        if self.implicit not in get_args(Implicit):
+            raise unknown_name("implicit", self.implicit, get_args(Implicit))
+        if self.implicit != "bilinear" and (self.mode != "paper" or math.isinf(self.implicit_gamma)):
+            raise ValueError(f'implicit="{self.implicit}" needs mode "paper" and a finite gamma')
 
     @property
     def implicit_gamma(self) -> float:
@@ -85,6 +97,10 @@ class BiP:
 
     mode "released": the scores are θ itself, with the score gradient |θ| ⊙ g − (θ ⊙ g)² / γ and magnitudes ranked;
     that code also decays parameters whose gradient is zero once more, which is left out here.
+
+    With `implicit` "cg" or "neumann", step 2 descends along θ ⊙ (g − H q) − g ⊙ q, q = (M H M + γ I)⁻¹ (m ⊙ g), whose H
+    is that of the upper batch; metrics then have "implicit_residual", ‖m ⊙ g − (M H M + γ I) q‖ / ‖m ⊙ g‖, which tells
+    whether the steps were enough.
 
     Pruned are the layers that :func:`blokern.bilevel.masking.prunable` finds and whose weights require grad.
 
@@ -149,9 +165,14 @@ class BiP:
             loss, logits = self.loss_fn(self.model, lower[0].detach(), lower[1])
             torch.autograd.backward(loss)
             self.optimizer.step()
-            upper_loss, grads = self._dense_gradients(upper[0].detach(), upper[1])
-        self._score_step(grads)
-        metrics = {"upper_loss": upper_loss, "changed": self._refresh_masks()}
+            upper = upper[0].detach(), upper[1]
+            upper_loss, grads = self._dense_gradients(*upper)
+            metrics = {"upper_loss": upper_loss}
+            if self.settings.implicit == "bilinear":
+                self._score_step(grads)
+            else:
+                metrics["implicit_residual"] = self._exact_score_step(upper, grads)
+        metrics["changed"] = self._refresh_masks()
         return StepResult(loss.detach(), logits.detach(), metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,36 +197,55 @@ class BiP:
     def _dense_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss and g = ∇_w ℓ of each layer."""
         layers = self._layers()
-        with _dense_grad(layers):
+        with dense_grad(layers):
             loss, _ = self.loss_fn(self.model, x, y)
             weights = [layer.weight for layer in layers]
             grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return loss.detach(), list(grads)
 
     def _score_step(self, grads: list[Tensor]) -> None:
-        layers, settings = self._layers(), self.settings
-        scores = list(self.scores.values())
-        rates: dict[str, Any] = {
-            "lr": self.score_lr,
-            "gamma": settings.implicit_gamma,
-            "momentum": settings.score_momentum,
-            "weight_decay": settings.score_weight_decay,
-            "momentum_buffers": list(self._momentum.values()) or None,
-        }
-        if settings.mode == "released":
+        scores, rates = list(self.scores.values()), self._rates(self.settings.implicit_gamma)
+        if self.settings.mode == "released":
             ops.bip_released_step_(scores, grads, **rates)
         else:
+            layers = self._layers()
             weights, masks = [layer.weight.detach() for layer in layers], [layer.mask for layer in layers]
             ops.bip_score_step_(scores, weights, grads, masks, **rates)
+
+    def _exact_score_step(self, upper: Batch, grads: list[Tensor]) -> Tensor:
+        """Returns the linear system's relative residual."""
+        settings, layers = self.settings, self._layers()
+        if settings.implicit == "cg":
+            solve: Solver = partial(cg_solve, max_steps=settings.implicit_steps)
+        else:
+            solve = partial(neumann_solve, scale=settings.implicit_scale, max_steps=settings.implicit_steps)
+        by_name = dict(zip(self._names, grads, strict=True))
+        along, residual = implicit_gradient(
+            self.model, self.loss_fn, upper, by_name, gamma=settings.implicit_gamma, solve=solve
+        )
+        # The bilinear step's direction, (θ − 0) ⊙ g, with this gradient for θ and ones for g.
+        ones, masks = [torch.ones_like(g) for g in along.values()], [layer.mask for layer in layers]
+        ops.bip_score_step_(
+            list(self._scores.values()), list(along.values()), ones, masks, **self._rates(math.inf)
+        )
+        return residual
+
+    def _rates(self, gamma: float) -> dict[str, Any]:
+        return {
+            "lr": self.score_lr,
+            "gamma": gamma,
+            "momentum": self.settings.score_momentum,
+            "weight_decay": self.settings.score_weight_decay,
+            "momentum_buffers": list(self._momentum.values()) or None,
+        }
 
     def _refresh_masks(self) -> Tensor:
         """Masks of the new scores; returns the share of the bits that changed."""
         changed, total = torch.zeros((), dtype=torch.int64), 0
-        for layer, new in zip(self._layers(), self._select(), strict=True):
-            bits = (layer.mask.to_dense() != new).sum()
-            changed, total = changed + bits, total + new.numel()
-            if bits:  # else what was made of the mask stays good
-                layer.mask.update_(new)
+        for layer, bits in zip(self._layers(), self._select(), strict=True):
+            new = SparseMask(bits)
+            changed, total = changed + layer.mask.differing(new), total + bits.numel()
+            layer.mask.update_(new)
         return changed / total
 
     def _select(self) -> list[Tensor]:
@@ -222,14 +262,3 @@ def _initial_scores(weight: Tensor) -> Tensor:
     size = weight.abs()
     largest = size.max()
     return size.mul_(scale / torch.where(largest > 0, largest, 1.0))
-
-
-@contextmanager
-def _dense_grad(layers: Sequence[MaskedLayer]) -> Iterator[None]:
-    try:
-        for layer in layers:
-            layer.dense_grad = True
-        yield
-    finally:
-        for layer in layers:
-            layer.dense_grad = False

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from blokern import models
+from blokern.data import image_shape
 from blokern.sparse import SparseMask, sparsify
 
 __all__ = [
     "VERSION",
     "CheckpointError",
     "check_same",
+    "find_input_shape",
     "fingerprint",
     "load",
     "load_model",
@@ -127,6 +129,35 @@ def load_model(payload: Mapping[str, Any], source: str | Path) -> nn.Module:
     model = models.build(**recipe_of(payload, source)["model"])
     load_weights(model, payload["model"], source)
     return model
+
+
+def find_input_shape(
+    model: nn.Module,
+    payload: Mapping[str, Any],
+    source: str | Path,
+    given: tuple[int, int, int] | None = None,
+) -> tuple[int, int, int]:
+    """C, H and W of images that a checkpoint's network takes: the given ones, else those of its recipe's data set.
+
+    Raises:
+        CheckpointError: the recipe names no data set of :mod:`blokern.data`, or the network refuses such images.
+
+    >>> find_input_shape(model, load("runs/a/best.pt"), "runs/a/best.pt")
+    (1, 8, 8)
+    """
+    recipe = recipe_of(payload, source)
+    try:
+        shape = given or image_shape(recipe["data"]["name"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} does not say how large its network's images are: give input_shape, such as 3,32,32"
+        ) from error
+    try:
+        with torch.no_grad():
+            model(next(model.parameters()).new_zeros(2, *shape))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source} takes no images of input_shape {tuple(shape)}: {error}") from error
+    return shape
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

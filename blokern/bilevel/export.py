@@ -1,4 +1,4 @@
-"""Pruned networks as files for other programs: dense, or the kept weights and their masks alone."""
+"""Pruned networks as files for other programs: dense, smaller, or the kept weights and their masks alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from blokern.bilevel.checkpoint import CheckpointError, load_model, write_atomically
-from blokern.sparse import SparseMask, to_dense
+from blokern.bilevel.checkpoint import CheckpointError, find_input_shape, load_model, write_atomically
+from blokern.sparse import SparseMask, compact, masks_of, to_dense
 
-__all__ = ["load_sparse", "save_dense", "save_sparse"]
+__all__ = ["compacted", "load_sparse", "save_compacted", "save_dense", "save_sparse"]
 
 _KIND = "blokern sparse 1"
 _WORDS = "mask_words"
@@ -32,6 +32,49 @@ def save_dense(payload: Mapping[str, Any], source: str | Path, path: str | Path)
     buffer = io.BytesIO()
     torch.save(to_dense(load_model(payload, source)).state_dict(), buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def save_compacted(
+    payload: Mapping[str, Any],
+    source: str | Path,
+    path: str | Path,
+    input_shape: tuple[int, int, int] | None = None,
+) -> None:
+    """Write a checkpoint's network, without the channels that its masks make superfluous, as a torch.export program.
+
+    The program is that of eval mode and takes any number of images; blokern need not be installed where it is loaded.
+    input_shape: C, H and W of the images; None for those of the recipe's data set. Raises as :func:`save_dense`, and
+    CheckpointError as :func:`compacted` and :func:`blokern.bilevel.checkpoint.find_input_shape`.
+
+    >>> save_compacted(checkpoint.load("best.pt"), "best.pt", "small.pt2")
+    >>> logits = torch.export.load("small.pt2").module()(x)
+    """
+    model = compacted(load_model(payload, source), source)
+    shape = find_input_shape(model, payload, source, input_shape)
+    images = next(model.parameters()).new_zeros(2, *shape)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # half of the file, and paths of this machine
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def compacted(model: nn.Module, source: str | Path) -> nn.Module:
+    """A copy of the masked model with fewer channels and no masks, in eval mode, in which its outputs are the model's.
+
+    Raises CheckpointError, naming `source`, if no channel is superfluous or :func:`blokern.sparse.compact` refuses.
+
+    >>> small = compacted(load_model(payload, "best.pt"), "best.pt")
+    """
+    try:
+        small = compact(model.eval())
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if all(small.get_parameter(name).shape == p.shape for name, p in model.named_parameters()):
+        why = "its masks free no channel" if masks_of(model) else "it has no masks"
+        raise CheckpointError(f"{source} cannot be compacted: {why}")
+    return to_dense(small)
 
 
 def save_sparse(payload: Mapping[str, Any], source: str | Path, path: str | Path) -> None:

@@ -20,6 +20,8 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "clip_min": (math.isfinite, "a finite number"),
     "clip_max": (math.isfinite, "a finite number"),
     "gamma": (lambda v: v > 0.0, "a number > 0 (inf: no implicit term), or None for the mode's default"),
+    "implicit_steps": (lambda v: isinstance(v, int) and v >= 1, "an integer >= 1"),
+    "implicit_scale": (lambda v: 0.0 < v < math.inf, "a finite number > 0"),
     "score_lr": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
     "score_momentum": (lambda v: 0.0 <= v < 1.0, "a number in [0, 1)"),
     "score_weight_decay": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),

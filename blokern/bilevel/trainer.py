@@ -7,115 +7,30 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 from tqdm import tqdm
 
-from blokern._names import unknown_name
 from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
+from blokern.bilevel.lock import locked
+from blokern.bilevel.record import Record, Totals, accuracies, ranking, summary
+from blokern.bilevel.signals import Interrupted, StopRequest
 from blokern.bilevel.step import ScoreRule, StatefulRule, StepResult, StepRule, TwoBatchRule
-from blokern.data import Batches, ImageDataset, Splits
+from blokern.bilevel.tensorboard import tensorboard
+from blokern.bilevel.train_settings import TrainSettings
+from blokern.data import Batches, Splits
 
-__all__ = ["Interrupted", "Record", "TrainSettings", "Trainer", "accuracies", "on_device", "ranking"]
-
-#: One epoch's line in metrics.jsonl.
-Record: TypeAlias = dict[str, float]
+__all__ = ["Trainer"]
 
 #: Steps between two looks at the losses: on a GPU each look waits for all work queued so far.
 READ_EVERY = 16
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What a run is made of besides its method, model and data. The defaults are Fast-BAT's.
-
-    Args:
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: peak learning rate.
-        schedule: learning rate over the run: cyclic (0 → lr → 0), multistep (a tenth from 50 % on, a
-            hundredth from 75 % on), cosine (lr → 0) or constant.
-        momentum: of SGD.
-        cycle_momentum: lower the momentum by up to 0.1 where the learning rate peaks, as Fast-BAT's released
-            code does.
-        weight_decay: of SGD.
-        augment: random crops, and mirror images where the data allow it.
-        channels_last: keep images and weights in channels-last memory order.
-        seed: of the order of the images, of augmentation, and of all that the method draws.
-        eps: L∞ budget of the validation attack, for pixels in [0, 1].
-        val_steps: PGD steps of the validation attack, each eps / 4; 0 validates without an attack, and the best
-            model is that of the highest standard accuracy.
-        val_restarts: random restarts of the validation attack.
-        val_samples: validate on at most so many images, the first of the validation split.
-        val_batch_size: images a validation batch.
-
-    Raises:
-        TypeError, ValueError: a setting of another type or out of range.
-
-    >>> settings = TrainSettings(epochs=10, lr=0.1, eps=0.1)
-    >>> optimizer = settings.optimizer(model)
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 0.2
-    schedule: str = "cyclic"
-    momentum: float = 0.9
-    cycle_momentum: bool = False
-    weight_decay: float = 5e-4
-    augment: bool = True
-    channels_last: bool = False
-    seed: int = 0
-    eps: float = 8 / 255
-    val_steps: int = 10
-    val_restarts: int = 1
-    val_samples: int = 1000
-    val_batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "val_steps", "val_restarts", "val_samples", "val_batch_size"):
-            value, least = getattr(self, name), 0 if name == "val_steps" else 1
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.schedule not in schedule.SCHEDULES:
-            raise unknown_name("schedule", self.schedule, schedule.SCHEDULES)
-        lowest = schedule.MOMENTUM_DIP if self.cycle_momentum else 0.0
-        for name, expected, fits in (
-            ("lr", "positive and finite", 0 < self.lr < math.inf),
-            ("momentum", f"in [{lowest}, 1)", lowest <= self.momentum < 1),
-            ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
-            ("eps", "in (0, 1]", 0 < self.eps <= 1),
-            ("seed", "in [0, 2**63)", 0 <= self.seed < 2**63),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
-
-    def optimizer(self, model: nn.Module) -> SGD:
-        """SGD over the model's parameters with these settings."""
-        return SGD(model.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, and saved where it stopped. Like Ctrl-C, it is no ``Exception``.
-
-    signum: the signal; ``128 + signum`` is the customary exit code.
-    """
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 class Trainer:
@@ -186,7 +101,7 @@ class Trainer:
         }
         self._epoch = 0  # epochs finished, validation included
         self._batch = 0  # batches trained on in the epoch under way
-        self._totals = _Totals()
+        self._totals = Totals()
         self._best = (-1.0, -1.0)
         self._rng: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
@@ -196,7 +111,7 @@ class Trainer:
         seeds = [settings.seed]
         if isinstance(rule, TwoBatchRule):
             seeds.append(-1 - settings.seed)  # no other run's
-        train = on_device(self.device, splits.train)
+        train = splits.train.to(self.device)
         self._streams = [  # one a level
             Batches(
                 train,
@@ -212,7 +127,7 @@ class Trainer:
         self._batches = self._streams[0]
         validation = splits.val.subset(range(min(len(splits.val), settings.val_samples)))
         self._validation = Batches(
-            on_device(self.device, validation), settings.val_batch_size, channels_last=settings.channels_last
+            validation.to(self.device), settings.val_batch_size, channels_last=settings.channels_last
         )
         self._claim(resume)
 
@@ -236,7 +151,7 @@ class Trainer:
         >>> history = trainer.fit()
         >>> history[-1]["val_robust_accuracy"]
         """
-        with _locked(self.run_dir):
+        with locked(self.run_dir):
             if self.complete:
                 _say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
             else:
@@ -255,8 +170,8 @@ class Trainer:
             _set_rng_state(self._rng)
             _say(f"{self.run_dir}: continuing {self._position()}")
         self._saved_at = time.monotonic()
-        board = _tensorboard(self.run_dir, self._epoch)
-        with _StopRequest() as stop, contextlib.closing(board), self._progress() as bar:
+        board = tensorboard(self.run_dir, self._epoch)
+        with StopRequest() as stop, contextlib.closing(board), self._progress() as bar:
             while not self.complete:
                 self._train_epoch(stop, bar)
                 self._check_weights()
@@ -264,11 +179,11 @@ class Trainer:
                 self._finish_epoch(record)
                 for name, value in record.items():
                     board.add_scalar(name, value, self._epoch)
-                bar.write(_summary(record, self.settings.epochs), file=sys.stderr)
+                bar.write(summary(record, self.settings.epochs), file=sys.stderr)
                 if stop.signum is not None:
                     self._interrupt(stop.signum)
 
-    def _train_epoch(self, stop: _StopRequest, bar: tqdm[Any]) -> None:
+    def _train_epoch(self, stop: StopRequest, bar: tqdm[Any]) -> None:
         self.rule.model.train()
         pending: list[tuple[int, Tensor, StepResult]] = []
         start = time.perf_counter()
@@ -322,7 +237,7 @@ class Trainer:
             values = {name: value.item() for name, value in result.metrics.items()}
             self._totals.add({**values, "loss": loss, "train_accuracy": correct}, len(y))
 
-    def _validate(self, stop: _StopRequest) -> Record:
+    def _validate(self, stop: StopRequest) -> Record:
         """The epoch's record. The attack draws from its own generator: training does not depend on it."""
         lr = self.rule.optimizer.param_groups[0]["lr"]
         attack: Any = self._attack() if self.settings.val_steps else {}
@@ -359,7 +274,7 @@ class Trainer:
 
     def _finish_epoch(self, record: Record) -> None:
         self.history.append(record)
-        self._epoch, self._batch, self._totals = self._epoch + 1, 0, _Totals()
+        self._epoch, self._batch, self._totals = self._epoch + 1, 0, Totals()
         if (score := ranking(record)) > self._best:
             self._best = score
             # Before last.pt: killed in between, the run repeats this epoch and writes the same best.pt again.
@@ -408,7 +323,7 @@ class Trainer:
         checkpoint.write_atomically(probe, b"probe")
         probe.unlink()
         last = self.run_dir / "last.pt"
-        with _locked(self.run_dir):
+        with locked(self.run_dir):
             if not resume:
                 for file in (last, self.run_dir / "best.pt", self.run_dir / "metrics.jsonl"):
                     if file.exists():
@@ -455,7 +370,7 @@ class Trainer:
                 raise checkpoint.CheckpointError(f"{source} is of another model: {error}") from error
         self._rng = payload["rng"]
         self._epoch, self._batch = payload["epoch"], payload["batch"]
-        self._totals = _Totals(**payload["totals"])
+        self._totals = Totals(**payload["totals"])
         self._best = payload["best"]
         self.history = payload["history"]
 
@@ -493,77 +408,6 @@ class Trainer:
         return shown
 
 
-@dataclass
-class _Totals:
-    """Sums over an epoch's samples, and the seconds it took so far."""
-
-    samples: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, means: Mapping[str, float], samples: int) -> None:
-        self.samples += samples
-        for name, mean in means.items():
-            self.sums[name] = self.sums.get(name, 0.0) + mean * samples
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.samples for name, total in self.sums.items()}
-
-
-class _StopRequest:
-    """Within it, the first SIGINT or SIGTERM is noted in ``signum``, and a second one acts as it did before.
-
-    Only the main thread may set handlers; in another one nothing changes. An ignored signal stays ignored.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(signum) is not signal.SIG_IGN:
-                    self._previous[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            self._put_back()
-            signal.raise_signal(signum)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which one process at a time can; the system frees it when that one dies.
-
-    The file stays behind: were it deleted, two processes could each lock a ``.lock`` of their own.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process trains in {folder}: wait for it, or stop it") from None
-        except (ImportError, OSError):
-            pass  # Windows has no flock, nor do some network file systems: better to train unguarded there
-        yield
-
-
-def on_device(device: torch.device, dataset: ImageDataset) -> ImageDataset:
-    """The data set with its images and labels on the device."""
-    return replace(dataset, images=dataset.images.to(device), labels=dataset.labels.to(device))
-
-
 def _rng_state() -> dict[str, Any]:
     """The state of torch's global generators, from which the methods draw."""
     return {
@@ -576,43 +420,6 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _tensorboard(run_dir: Path, epoch: int) -> Any:
-    """TensorBoard's writer, forgetting what it was told after ``epoch``, or one that does nothing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _say("TensorBoard is not installed: metrics go to metrics.jsonl only")
-        return _NoBoard()
-    return SummaryWriter(str(run_dir), purge_step=epoch + 1)
-
-
-class _NoBoard:
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def ranking(record: Record) -> tuple[float, float]:
-    """What the best epoch is the highest in."""
-    return record.get("val_robust_accuracy", 0.0), record["val_accuracy"]
-
-
-def accuracies(record: Record, digits: int = 2) -> str:
-    """A record's standard and robust accuracy, in words."""
-    names = {"SA": "val_accuracy", "RA": "val_robust_accuracy"}
-    return ", ".join(f"{word} {record[name]:.{digits}%}" for word, name in names.items() if name in record)
-
-
-def _summary(record: Record, epochs: int) -> str:
-    return (
-        f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, train {record['train_accuracy']:.2%}, "
-        f"validation {accuracies(record)}; "
-        f"{record['train_seconds']:.1f} s + {record['val_seconds']:.1f} s"
-    )
 
 
 def _say(message: str) -> None:

@@ -20,9 +20,9 @@ from blokern.cli.options import (
     MODEL_OPTIONS,
     STRENGTH_OPTIONS,
     TEST_LIMIT,
+    Integers,
     Option,
     Options,
-    Seeds,
     check_known,
     flag,
     make_parser,
@@ -59,7 +59,7 @@ def compare(argv: list[str]) -> int:
     parser.add_argument(
         "methods", nargs="+", metavar="[LABEL=]METHOD[:KEY=VALUE,...]", help="what to compare"
     )
-    parser.add_argument("--seeds", type=Seeds, default=Seeds(0), help="such as 0,1,2: a run for each")
+    parser.add_argument("--seeds", type=Integers, default=Integers(0), help="such as 0,1,2: a run for each")
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the results")
     options = parse(parser, argv)
     # Data and seeds are the same for all.

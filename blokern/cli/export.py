@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blokern.cli.options import check_known, make_parser, parse
+from blokern.cli.options import INPUT_SHAPE, check_known, make_parser, parse
 
 __all__ = ["FORMS", "export"]
 
-FORMS = ("dense", "sparse")
+FORMS = ("dense", "compacted", "sparse")
 
 
 def export(argv: list[str]) -> int:
     """Write a pruned network for other programs: blokern export CHECKPOINT --form FORM --out FILE."""
     parser = make_parser(
         "export",
-        "dense: a state_dict of the dense network, pruned weights being zeros, for torch.load. sparse: the kept "
+        "dense: a state_dict of the dense network, pruned weights being zeros, for torch.load. compacted: the network "
+        "without the channels that its masks free, for torch.export.load, which needs no blokern. sparse: the kept "
         "weights and the masks' bits in the safetensors format; blokern.bilevel.export.load_sparse reads it.",
-        [],
+        [INPUT_SHAPE],
     )
     parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
     parser.add_argument("--form", type=str, default="dense", help=f"one of {', '.join(FORMS)}")
@@ -26,10 +27,14 @@ def export(argv: list[str]) -> int:
     check_known("form", options["form"], FORMS)
 
     from blokern.bilevel import checkpoint
-    from blokern.bilevel.export import save_dense, save_sparse
+    from blokern.bilevel.export import save_compacted, save_dense, save_sparse
 
     source, out = options["checkpoint"], Path(options["out"])
-    save = save_dense if options["form"] == "dense" else save_sparse
-    save(checkpoint.load(source), source, out)
+    payload = checkpoint.load(source)
+    if options["form"] == "compacted":
+        save_compacted(payload, source, out, options["input_shape"])
+    else:
+        save = save_dense if options["form"] == "dense" else save_sparse
+        save(payload, source, out)
     print(f"{out}: {out.stat().st_size:,} bytes; {source} has {Path(source).stat().st_size:,}")
     return 0

@@ -16,16 +16,18 @@ from blokern._names import unknown_name
 __all__ = [
     "CHECKPOINT_MINUTES",
     "DATA_OPTIONS",
+    "INPUT_SHAPE",
     "MACHINE_OPTIONS",
     "MODEL_OPTIONS",
     "SETTINGS",
     "STRENGTH_OPTIONS",
     "TEST_LIMIT",
     "Densities",
+    "Integers",
     "Number",
     "Option",
     "Options",
-    "Seeds",
+    "Shape",
     "check_known",
     "first_line",
     "flag",
@@ -35,6 +37,7 @@ __all__ = [
     "pick",
     "run_options",
     "select_device",
+    "set_threads",
     "settings_options",
     "train_options",
 ]
@@ -58,11 +61,21 @@ class Number(float):
         return super().__new__(cls, value)
 
 
-class Seeds(tuple[int, ...]):
+class Integers(tuple[int, ...]):
     """Whole numbers; as text, separated by commas."""
 
-    def __new__(cls, value: Any) -> Seeds:
+    def __new__(cls, value: Any) -> Integers:
         return super().__new__(cls, map(int, _parts(value)))
+
+
+class Shape(tuple[int, int, int]):
+    """Channels, height and width; as text, separated by commas."""
+
+    def __new__(cls, value: Any) -> Shape:
+        sizes = tuple(map(int, _parts(value)))
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise ValueError("expected three numbers >= 1, such as 3,32,32")
+        return super().__new__(cls, sizes)
 
 
 class Densities(tuple[float, ...]):
@@ -78,7 +91,8 @@ def _parts(value: Any) -> list[Any] | tuple[Any, ...]:
 
 
 register_type(Number, serializer=float)
-register_type(Seeds, serializer=list)
+register_type(Integers, serializer=list)
+register_type(Shape, serializer=list)
 register_type(Densities, serializer=list)
 
 
@@ -108,6 +122,12 @@ CHECKPOINT_MINUTES = Option(
     "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch"
 )
 TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)")
+INPUT_SHAPE = Option(
+    "input_shape",
+    Shape,
+    None,
+    "channels, height and width of the images (default: as of the checkpoint's data)",
+)
 STRENGTH_OPTIONS = (
     Option("steps", int, 50, "steps of the attack on the test images; of eps / 4 for pgd"),
     Option("restarts", int, 10, "random restarts of the attack on the test images"),
@@ -134,6 +154,9 @@ METHOD_HELP = {
     "score_epochs": "passes over the training images that train the scores",
     "mode": "the paper's algorithm, or the authors' released code",
     "gamma": "γ, which the implicit term is divided by; inf switches the term off (default: the mode's own)",
+    "implicit": "bilinear, or cg or neumann for BiP's implicit gradient with the Hessian",
+    "implicit_steps": "products with the Hessian a step, at most",
+    "implicit_scale": "scale of the Neumann series",
     "score_lr": "peak learning rate of the scores",
     "score_momentum": "momentum of the scores' SGD",
     "score_weight_decay": "weight decay of the scores' SGD",
@@ -159,7 +182,7 @@ def pruning_methods() -> dict[str, tuple[type, type]]:
 
 def train_options() -> list[Option]:
     """Those of TrainSettings, in the words of its docstring."""
-    from blokern.bilevel.trainer import TrainSettings
+    from blokern.bilevel import TrainSettings
 
     words = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(TrainSettings) or "", re.M))
     return [
@@ -235,9 +258,7 @@ def select_device(options: Options) -> str:
     import torch
 
     if options["threads"] is not None:
-        if options["threads"] < 1:
-            raise ValueError(f"threads must be at least 1, got {options['threads']}")
-        torch.set_num_threads(options["threads"])
+        set_threads(options["threads"])
     name: str = options["device"]
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,6 +267,15 @@ def select_device(options: Options) -> str:
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices")
     return name
+
+
+def set_threads(count: int) -> None:
+    """Have torch compute with so many threads."""
+    import torch
+
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
 
 
 def pick(options: Options, settings: type) -> Options:

@@ -21,10 +21,10 @@ from blokern.cli.options import (
     SETTINGS,
     TEST_LIMIT,
     Densities,
+    Integers,
     Number,
     Option,
     Options,
-    Seeds,
     flag,
     make_parser,
     parse,
@@ -74,7 +74,7 @@ def prune(argv: list[str]) -> int:
     parser.add_argument(
         "--density", type=Densities, required=True, help="part of the weights that is kept, such as 0.2,0.1"
     )
-    parser.add_argument("--seeds", type=Seeds, default=Seeds(0), help="such as 0,1,2: runs for each")
+    parser.add_argument("--seeds", type=Integers, default=Integers(0), help="such as 0,1,2: runs for each")
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the results")
     options = parse(parser, argv)
     for name in ("density", "seeds"):
@@ -83,7 +83,7 @@ def prune(argv: list[str]) -> int:
         options["methods"], pruning_methods(), lambda name: [*_run_options(), *_method_options(name)]
     )
 
-    from blokern._memory import keep_freed_memory
+    from blokern import keep_freed_memory
     from blokern.cli.study import Study, given_dense, trained_dense
 
     # All are made before the first run: a mistake in the last must not cost the time of the others.

@@ -220,13 +220,10 @@ class Study:
         return masks
 
     def _batches(self, training: TrainSettings) -> Batches:
-        import torch
-
-        from blokern.bilevel.trainer import on_device
         from blokern.data import Batches
 
         return Batches(
-            on_device(torch.device(self.device), self.splits.train),
+            self.splits.train.to(self.device),
             training.batch_size,
             shuffle=True,
             augment=training.augment,

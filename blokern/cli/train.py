@@ -28,7 +28,7 @@ from blokern.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from blokern.bilevel.trainer import Trainer
+    from blokern.bilevel import Trainer
     from blokern.data import Splits
 
 __all__ = ["load_data", "make_trainer", "train", "train_parser"]
@@ -52,7 +52,7 @@ def train(argv: list[str]) -> int:
         options = parse(parser, ["--config", str(settings), *rest])
     trainer = make_trainer(method, options)
     history = trainer.fit()
-    from blokern.bilevel.trainer import accuracies, ranking
+    from blokern.bilevel.record import accuracies, ranking
 
     best = max(history, key=ranking)
     print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
@@ -78,10 +78,9 @@ def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = (
     """The run that the options describe, ready to fit, its settings.yaml written."""
     import torch
 
-    from blokern import models
-    from blokern._memory import keep_freed_memory
+    from blokern import keep_freed_memory, models
+    from blokern.bilevel import Trainer, TrainSettings
     from blokern.bilevel.checkpoint import write_atomically
-    from blokern.bilevel.trainer import Trainer, TrainSettings
 
     keep_freed_memory()
     device = select_device(options)

@@ -1,4 +1,7 @@
-"""Convolution with a masked weight, for the kept entries only: csrc/sparse/conv.h says how."""
+"""Convolution with a masked weight, for the kept entries only: csrc/sparse/conv.h says how.
+
+Where a mask keeps so much, or a batch is so small, that the dense product is faster, torch makes it: as in products.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blokern.ops.mask import SparseMask, as_mask, check_mask
+from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
-__all__ = ["Geometry", "Plan", "masked_conv2d", "plan_of"]
+__all__ = ["Geometry", "Plan", "dense_arguments", "masked_conv2d", "plan_of"]
 
 
 def masked_conv2d(
@@ -48,9 +51,12 @@ def masked_conv2d(
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
     plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    dense = [*shape.stride, *shape.before, *shape.dilation] if dense_grad else None
-    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense)
+    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense_grad)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+# Of csrc/sparse/register_conv_cpu.cpp.
+_RUN_POSITIONS = 16
 
 
 class Geometry(NamedTuple):
@@ -98,19 +104,30 @@ class Plan(NamedTuple):
     """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
 
     streams: start, source (the entries' places in the weight) and offset (in a tile of the input) of each piece;
-    geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order.
+    geometry: csrc/sparse/register_conv_cpu.cpp reads it in this order. numbers: stride, zeros before, dilation and
+    groups, and words, the mask's, are for dense products.
     """
 
     streams: list[Tensor]
     streams_t: list[Tensor]
     geometry: list[int]
     geometry_t: list[int]
+    numbers: list[int]
+    words: Tensor
 
 
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
     """The plan, made anew; masked_conv2d keeps it with the mask."""
-    forward, backward = _forward(mask, shape), _backward(mask, shape)
-    return Plan(forward[0], backward[0], forward[1], backward[1])
+    if shape.taps == (1, 1) and shape.stride == (1, 1) and shape.before == (0, 0):
+        # Tiles are runs of pixels, not rows of images.
+        run = shape._replace(size=(1, _RUN_POSITIONS), out=(1, _RUN_POSITIONS))
+        forward, backward = _forward(mask, run), _backward(mask, run)
+        for geometry in (forward[1], backward[1]):
+            geometry[1:3] = shape.out
+    else:
+        forward, backward = _forward(mask, shape), _backward(mask, shape)
+    numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
+    return Plan(forward[0], backward[0], forward[1], backward[1], numbers, mask.words)
 
 
 def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -122,15 +139,12 @@ def _forward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]
     shifts = _outer(
         [[d * k for k in range(taps)] for d, taps in zip(shape.dilation, shape.taps, strict=True)], width
     )
-    start, column, block = mask.stream()
-    row, taps, own = _rows(start, shape.rows), len(shifts), shape.channels // shape.groups
-    channel = row // (shape.rows // shape.groups) * own + column // taps
-    offset = channel * (rows * width) + shifts[column % taps]
-    source = row * mask.cols + column
     _check_offsets(shape.channels, rows, width)
+    block = block_of(mask.cols, mask.density)
+    entries = _entries(mask, shape, shifts, rows * width, block, transposed=False)
     tiling = [shape.channels, *shape.before, rows, width, height, shape.stride[0]]
     piece = [block, 0, 0, 1, 1, *shape.out, shape.stride[1]]
-    return [start, source.int(), offset.int()], [shape.rows, *shape.out, *tiling, *piece]
+    return [*entries], [shape.rows, *shape.out, *tiling, *piece]
 
 
 def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int]]:
@@ -142,15 +156,7 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
     height = _tile_height(phases[0][0].length, before[0] + after[0])
     rows, width = (b + n + a for b, n, a in zip(before, (height, phases[1][0].length), after, strict=True))
     _check_offsets(shape.rows, rows, width)
-    own, taps = shape.channels // shape.groups, shape.taps[0] * shape.taps[1]
-    filters = shape.rows // shape.groups  # of the forward weight, a group
-    # [in, (out of the group, tap)]
-    dense = (
-        mask.to_dense()
-        .view(shape.groups, filters, own, taps)
-        .transpose(1, 2)
-        .reshape(shape.channels, filters, taps)
-    )
+    taps = shape.taps[0] * shape.taps[1]
     streams: list[Tensor] = []
     geometry = [shape.channels, *shape.size, shape.rows, *before, rows, width, height, 1]
     for high in phases[0]:
@@ -159,18 +165,11 @@ def _backward(mask: SparseMask, shape: Geometry) -> tuple[list[Tensor], list[int
             shifts = _outer(
                 [[s + before[0] for s in high.shifts], [s + before[1] for s in wide.shifts]], width
             )
-            part = torch.zeros_like(dense)
-            part[:, :, tap] = dense[:, :, tap]
-            piece = SparseMask(part)
-            start, column, block = piece.stream()
-            place = torch.zeros(taps, dtype=torch.int64)
-            place[tap] = shifts
-            row = _rows(start, shape.channels)
-            group, inner, at = row // own, row % own, column % taps
-            channel = group * filters + column // taps
-            offset = channel * (rows * width) + place[at]
-            source = (channel * own + inner) * taps + at
-            streams += [start, source.int(), offset.int()]
+            block = block_of(shape.rows // shape.groups * taps, mask.density * len(tap) / taps)
+            place = [-1] * taps
+            for t, shift in zip(tap, shifts, strict=True):
+                place[t] = shift
+            streams += _entries(mask, shape, place, rows * width, block, transposed=True)
             geometry += [block, high.first, wide.first, *shape.stride, high.length, wide.length, 1]
     return streams, geometry
 
@@ -206,16 +205,20 @@ def _phases(shape: Geometry, axis: int) -> Iterator[_Phase]:
         yield _Phase(first, (shape.size[axis] - first + stride - 1) // stride, taps, shifts)
 
 
-def _outer(shifts: list[list[int]], width: int) -> Tensor:
-    """Shifts along both axes as one offset each in a plane of this width; int64 [taps]."""
-    high, wide = (torch.tensor(axis, dtype=torch.int64) for axis in shifts)
-    return (high[:, None] * width + wide).flatten()
+def _outer(shifts: list[list[int]], width: int) -> list[int]:
+    """Shifts along both axes as one offset each in a plane of this width, a tap each."""
+    return [high * width + wide for high in shifts[0] for wide in shifts[1]]
 
 
-def _rows(start: Tensor, rows: int) -> Tensor:
-    """The row of every entry of a stream; int64."""
-    parts = torch.arange(len(start) - 1) % rows
-    return parts.repeat_interleave(start.diff())
+def _entries(
+    mask: SparseMask, shape: Geometry, place: list[int], plane: int, block: int, *, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, source and offset of the entries whose tap has a place, in a tile's plane of that size."""
+    weight = [shape.rows, shape.channels // shape.groups, len(place)]
+    entries: tuple[Tensor, Tensor, Tensor] = torch.ops.blokern.conv2d_entries(
+        mask.words, weight, shape.groups, place, plane, block, transposed
+    )
+    return entries
 
 
 def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
@@ -230,44 +233,49 @@ def _pair(value: Any, name: str, least: int) -> tuple[int, int]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Last comes dense_grad, or the weight's shape where there is no other gradient to choose.
-    *_, streams, streams_t, geometry, geometry_t, ctx.dense_grad = inputs
-    ctx.save_for_backward(*inputs[:2], *streams, *streams_t)
-    ctx.split, ctx.geometry = len(streams), (geometry, geometry_t)
+    *_, streams, streams_t, geometry, geometry_t, numbers, words, ctx.dense_grad = inputs
+    ctx.save_for_backward(*inputs[:2], *streams, *streams_t, words)
+    ctx.split, ctx.numbers = len(streams), (geometry, geometry_t, numbers)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    first, second, *streams = ctx.saved_tensors
-    return first, second, (streams[: ctx.split], streams[ctx.split :], *ctx.geometry)
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Plan]:
+    first, second, *streams, words = ctx.saved_tensors
+    geometry, geometry_t, numbers = ctx.numbers
+    split = ctx.split
+    return first, second, Plan(streams[:split], streams[split:], geometry, geometry_t, numbers, words)
 
 
-def _no_grads(plan: tuple[Any, ...], dense_grad: list[int] | None = None) -> tuple[Any, ...]:
-    # An argument at its default counts as not given.
-    given = () if dense_grad is None else (None,)
-    return [None] * len(plan[0]), [None] * len(plan[1]), None, None, *given
+def _no_grads(plan: Plan) -> tuple[Any, ...]:
+    return [None] * len(plan.streams), [None] * len(plan.streams_t), *[None] * 5
 
 
-def _by_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, plan: tuple[Any, ...], dense_grad: list[int] | None
-) -> Tensor:
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, dense_grad: bool) -> Tensor:
     product: Tensor
-    if dense_grad is None:
+    if not dense_grad:
         product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
-        return product
-    stride, before, dilation = dense_grad[:2], dense_grad[2:4], dense_grad[4:]
-    # Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides.
-    more = [
-        max(0, (out - 1) * s + d * (k - 1) + 1 - n - 2 * b)
-        for out, s, d, k, n, b in zip(
-            grad.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
-        )
-    ]
-    if any(more):
-        x = torch.nn.functional.pad(x, (0, more[1], 0, more[0]))
-    groups = x.shape[1] // weight.shape[1]
-    how = (None, stride, before, dilation, False, [0, 0], groups, [False, True, False])
-    # torch brings any layout into its own, at no more cost than it would take here.
-    _, product, _ = torch.ops.aten.convolution_backward(grad, x, weight.detach(), *how)
+    else:
+        product = torch.ops.blokern.conv2d_weight(grad, x, plan.geometry, weight.shape, plan.numbers)
     return product
+
+
+def dense_arguments(
+    x: torch.Size, out: torch.Size, weight: Sequence[int], numbers: Sequence[int]
+) -> tuple[list[int], tuple[Any, ...]]:
+    """Of a plan's dense twin: F.pad's padding of x, and the arguments of aten.convolution from stride
+    on, for the shapes of input, output and weight.
+
+    Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added to
+    x first.
+
+    >>> dense_arguments(x.shape, y.shape, weight.shape, plan.numbers)
+    ([0, 0, 0, 0], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    """
+    stride, before, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
+    high, wide = (
+        max(0, (o - 1) * s + d * (k - 1) + 1 - n - 2 * b)
+        for o, s, d, k, n, b in zip(out[2:], stride, dilation, weight[2:], x[2:], before, strict=True)
+    )
+    return [0, wide, 0, high], (stride, before, dilation, False, [0, 0], groups)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -278,7 +286,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         torch.ops.blokern.masked_conv2d_input(grad, weight, *plan, dense) if needs_x else None,
         _by_weight(grad, x, weight, plan, dense) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
-        *_no_grads(plan, dense),
+        *_no_grads(plan),
     )
 
 
@@ -289,7 +297,7 @@ def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     return (
         torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan, dense) if needs_grad else None,
         _by_weight(grad, cotangent, weight, plan, dense) if needs_weight else None,
-        *_no_grads(plan, dense),
+        *_no_grads(plan),
     )
 
 
@@ -297,11 +305,30 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, x, plan = _saved(ctx)
     needs_grad, needs_x = ctx.needs_input_grad[:2]
     return (
-        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan) if needs_grad else None,
-        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan) if needs_x else None,
+        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan, False) if needs_grad else None,
+        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan, False) if needs_x else None,
         *_no_grads(plan),
-        None,
     )
+
+
+def _save_dense_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, _, ctx.weight_shape, ctx.numbers = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _dense_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    grad, x = ctx.saved_tensors
+    pad, how = dense_arguments(x.shape, grad.shape, ctx.weight_shape, ctx.numbers)
+    padded = torch.nn.functional.pad(x, pad)
+    by_grad = by_x = None
+    if ctx.needs_input_grad[0]:
+        by_grad = torch.ops.aten.convolution(padded, cotangent, None, *how)
+    if ctx.needs_input_grad[1]:
+        product = torch.ops.aten.convolution_backward(
+            grad, padded, cotangent, None, *how, [True, False, False]
+        )[0]
+        by_x = product[:, :, : x.shape[2], : x.shape[3]]
+    return by_grad, by_x, None, None, None
 
 
 def _like(x: Tensor, geometry: list[int]) -> Tensor:
@@ -310,6 +337,16 @@ def _like(x: Tensor, geometry: list[int]) -> Tensor:
     if x.stride(0) == 1 and samples > 1:
         return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)
     return x.new_empty(samples, rows, height, width)
+
+
+def _fake_entries(
+    words: Tensor, weight: list[int], groups: int, place: list[int], plane: int, block: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, own, taps = weight
+    size = (groups * own, rows // groups * taps) if transposed else (rows, own * taps)
+    start = words.new_empty(-(-size[1] // block) * size[0] + 1, dtype=torch.int32)
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return start, start.new_empty(kept), start.new_empty(kept)
 
 
 def _fake_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Any) -> Tensor:
@@ -324,6 +361,10 @@ def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     return x.new_empty(plan[-1])
 
 
+def _fake_dense_weight(grad: Tensor, x: Tensor, geometry: list[int], shape: list[int], _: Any) -> Tensor:
+    return x.new_empty(shape)
+
+
 for _name, _fake, _backward_of in (
     ("masked_conv2d", _fake_conv2d, _conv2d_backward),
     ("masked_conv2d_input", _fake_input, _input_backward),
@@ -331,3 +372,8 @@ for _name, _fake, _backward_of in (
 ):
     torch.library.register_fake(f"blokern::{_name}", _fake)
     torch.library.register_autograd(f"blokern::{_name}", _backward_of, setup_context=_save)
+torch.library.register_fake("blokern::conv2d_entries", _fake_entries)
+torch.library.register_fake("blokern::conv2d_weight", _fake_dense_weight)
+torch.library.register_autograd(
+    "blokern::conv2d_weight", _dense_weight_backward, setup_context=_save_dense_weight
+)

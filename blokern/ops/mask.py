@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["SparseMask", "Stream", "as_mask", "check_mask", "stream_of_words"]
+__all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask"]
 
 T = TypeVar("T")
 
 # Entries of one row in one block of columns, at least on average: fewer, and a block's partial sums cost more than
 # the block's stay in the first-level cache saves.
 _ENTRIES_A_PART = 8
-_SMALLEST_BLOCK = 128
+_SMALLEST_BLOCK = 192
 
 
 class Stream(NamedTuple):
@@ -25,6 +25,7 @@ class Stream(NamedTuple):
     start: Tensor
     column: Tensor
     block: int
+    words: Tensor
 
 
 class SparseMask:
@@ -60,14 +61,28 @@ class SparseMask:
             )
         return mask
 
-    def update_(self, mask: Tensor) -> SparseMask:
-        """Take the bits of `mask`, of the same shape."""
-        _check(mask)
-        if mask.shape != self.shape:
-            raise ValueError(f"mask must have shape {tuple(self.shape)}, got {tuple(mask.shape)}")
-        self.words.copy_(self._packed(mask))
-        self._forget()
+    def update_(self, mask: Tensor | SparseMask) -> SparseMask:
+        """Take the bits of `mask`, of the same shape. Where they are the same, what was made of them stays good."""
+        new = self._like(mask)
+        if not torch.equal(new.words, self.words):
+            self.words.copy_(new.words)
+            self._forget()
         return self
+
+    def differing(self, mask: Tensor | SparseMask) -> Tensor:
+        """How many entries are kept by one of the two only; int64 [].
+
+        >>> int(SparseMask(torch.eye(3) > 0).differing(torch.ones(3, 3) > 0))
+        6
+        """
+        differing: Tensor = torch.ops.blokern.count_words(self._like(mask).words ^ self.words)
+        return differing
+
+    def _like(self, mask: Tensor | SparseMask) -> SparseMask:
+        new = as_mask(mask)
+        if new.shape != self.shape:
+            raise ValueError(f"mask must have shape {tuple(self.shape)}, got {tuple(new.shape)}")
+        return new
 
     def _packed(self, mask: Tensor) -> Tensor:
         with torch.inference_mode(False):  # inference tensors have no version
@@ -94,7 +109,7 @@ class SparseMask:
     @property
     def kept(self) -> int:
         """How many entries are kept."""
-        return self.cached("kept", lambda: int(self.to_dense().sum()))
+        return self.cached("kept", lambda: int(torch.ops.blokern.count_words(self.words)))
 
     @property
     def density(self) -> float:
@@ -127,11 +142,12 @@ class SparseMask:
         """The entries as the kernels walk them, of the matrix or of its transpose."""
 
         def make() -> Stream:
+            words, cols = self.words, self.cols
             if transposed:
-                return stream_of_words(
-                    torch.ops.blokern.transpose_words(self.words, self.cols), self.rows, self.density
-                )
-            return stream_of_words(self.words, self.cols, self.density)
+                words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
+            block = block_of(cols, self.density)
+            start, column = torch.ops.blokern.mask_stream(words, cols, block)
+            return Stream(start, column, block, words)
 
         return self.cached(("stream", transposed), make)
 
@@ -163,12 +179,10 @@ def _check(mask: Tensor) -> None:
         raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
 
 
-def stream_of_words(words: Tensor, cols: int, density: float) -> Stream:
-    """A matrix's entries, in blocks of columns that suit their density."""
+def block_of(cols: int, density: float) -> int:
+    """Columns a block, a multiple of 64, for a matrix of that density."""
     wanted = max(_SMALLEST_BLOCK, _ENTRIES_A_PART / max(density, 1e-9))
-    block = 64 * math.ceil(min(wanted, max(cols, 1)) / 64)
-    start, column = torch.ops.blokern.mask_stream(words, cols, block)
-    return Stream(start, column, block)
+    return 64 * math.ceil(min(wanted, max(cols, 1)) / 64)
 
 
 def as_mask(mask: Tensor | SparseMask) -> SparseMask:
@@ -209,5 +223,6 @@ def _fake_stream(words: Tensor, cols: int, block: int) -> tuple[Tensor, Tensor]:
 
 torch.library.register_fake("blokern::mask_words", _fake_words)
 torch.library.register_fake("blokern::words_mask", _fake_mask)
+torch.library.register_fake("blokern::count_words", lambda words: words.new_empty(()))
 torch.library.register_fake("blokern::transpose_words", _fake_transpose)
 torch.library.register_fake("blokern::mask_stream", _fake_stream)

@@ -1,7 +1,8 @@
 """Products with a masked weight that do work for the kept entries only, and read no other weight.
 
 float64, float32 or bfloat16 (sums in float32), any strides, CPU. Differentiable any number of times: the two products
-are each other's derivatives. A row's sum has one order, whatever the number of threads.
+are each other's derivatives. A row's sum has one order, whatever the number of threads; only where a mask keeps so
+much that the dense product is faster, torch multiplies, the masked weights being zeros, with what its products promise.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def _streams(mask: SparseMask, *factors: Tensor) -> tuple[Any, ...]:
     """The mask as the ops take it; its transpose serves derivatives alone."""
     if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
         return *mask.stream(), *mask.stream(transposed=True)
-    return *mask.stream(), None, None, 0
+    return *mask.stream(), None, None, 0, None
 
 
-# ---- Fakes and derivatives. `streams` is (start, column, block) of the mask and of its transpose.
+# ---- Fakes and derivatives. `streams` is (start, column, block, words) of the mask and of its transpose.
 
 
 def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,18 +92,19 @@ def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _turned(streams: tuple[Any, ...]) -> tuple[Any, ...]:
-    return streams[3:] + streams[:3]
+    return streams[4:] + streams[:4]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, start, column, block, start_t, column_t, block_t = inputs
-    ctx.save_for_backward(first, second, start, column, start_t, column_t)
+    first, second, start, column, block, words, start_t, column_t, block_t, words_t = inputs
+    ctx.save_for_backward(first, second, start, column, words, start_t, column_t, words_t)
     ctx.blocks = block, block_t
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    first, second, start, column, start_t, column_t = ctx.saved_tensors
-    return first, second, (start, column, ctx.blocks[0], start_t, column_t, ctx.blocks[1])
+    first, second, start, column, words, start_t, column_t, words_t = ctx.saved_tensors
+    block, block_t = ctx.blocks
+    return first, second, (start, column, block, words, start_t, column_t, block_t, words_t)
 
 
 def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +118,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         by_weight,
         torch.ops.blokern.spmm(weight.t(), grad, None, *turned) if needs_x else None,
         grad.sum(1) if needs_bias else None,
-        *[None] * 7,
+        *[None] * 9,
     )
 
 
@@ -126,7 +128,7 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         torch.ops.blokern.spmm(grad, b, None, *streams) if needs_a else None,
         torch.ops.blokern.spmm(grad.t(), a, None, *_turned(streams)) if needs_b else None,
-        *[None] * 6,
+        *[None] * 8,
     )
 
 

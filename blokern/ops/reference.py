@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from blokern.ops.mask import SparseMask
 from blokern.ops.types import Norm, PerSample, Scope
 
 __all__ = [
@@ -20,6 +23,8 @@ __all__ = [
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
+    "masked_conv2d",
+    "masked_linear",
     "masked_sgd_step_",
     "nm_mask",
     "pgd_step",
@@ -27,6 +32,8 @@ __all__ = [
     "project",
     "project_",
     "random_start",
+    "sddmm",
+    "spmm",
     "topk_mask",
 ]
 
@@ -138,6 +145,41 @@ def fast_bat_step(
     return u.clamp(-r, r).clamp(clip_min - x, clip_max - x), (lower < u) & (u < upper)
 
 
+def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = _kept(weight, mask) @ x
+    return y if bias is None else y + bias[:, None]
+
+
+def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
+    return _kept(a @ b.t(), mask)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | SparseMask,
+    bias: Tensor | None = None,
+    *,
+    dense_grad: bool = False,
+) -> Tensor:
+    return F.linear(x, _kept(weight, mask, dense_grad), bias)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | SparseMask,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    dense_grad: bool = False,
+) -> Tensor:
+    return F.conv2d(x, _kept(weight, mask, dense_grad), bias, stride, padding, dilation, groups)
+
+
 def topk_mask(
     scores: Tensor | Sequence[Tensor], density: float, *, scope: Scope = "global"
 ) -> Tensor | list[Tensor]:
@@ -223,6 +265,27 @@ def _sgd_step_(
     for value, grad, buffer in zip(values, grads, buffers, strict=True):
         buffer.copy_(momentum * buffer + grad + weight_decay * value)
         value.sub_(lr * buffer)
+
+
+def _kept(weight: Tensor, mask: Tensor | SparseMask, dense_grad: bool = False) -> Tensor:
+    """weight ⊙ mask, whatever the masked weights hold."""
+    mask = mask.to_dense() if isinstance(mask, SparseMask) else mask
+    if not dense_grad:
+        return torch.where(mask, weight, 0.0)
+    kept: Tensor = _StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
+    return kept
+
+
+class _StraightThrough(torch.autograd.Function):
+    """weight ⊙ mask, whose derivative is that of weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

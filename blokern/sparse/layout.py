@@ -105,7 +105,8 @@ def samples_innermost(model: ModelT) -> ModelT:
     AdaptiveAvgPool2d become classes that keep the layout. Results are those of before up to rounding; parameters and
     state_dict stay. :func:`blokern.sparse.to_dense` undoes it. Returns the model.
 
-    >>> model = samples_innermost(sparsify(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), masks))
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> model = samples_innermost(sparsify(net, {"0.weight": torch.rand(4, 3, 3, 3) < 0.5}))
     >>> is_samples_innermost(model(torch.rand(2, 3, 8, 8)))
     True
     """

@@ -8,6 +8,7 @@
 
 #include "attack/ball.h"
 #include "attack/batch.h"
+#include "support/cuda/call.h"
 
 namespace blokern {
 
@@ -29,6 +30,12 @@ BLOKERN_INLINE V with_momentum(V z, V x_adv, V x_prev, V momentum) {
   return x_adv + momentum * (z - x_adv) + (V(1) - momentum) * (x_adv - x_prev);
 }
 
+// The direction of L1: the signs of the entries that are large enough to be followed.
+template <class V>
+BLOKERN_INLINE V followed_sign(V grad, V threshold) {
+  return where(less(absolute(grad), threshold), V(0), sign(grad));
+}
+
 // CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere it counts
 // samples.
 template <class T, class G>
@@ -37,5 +44,13 @@ template <class T, class G>
 void apgd_step_l2(const ApgdStep<T, G>& p, int64_t begin, int64_t end);
 template <class T, class G>
 void apgd_step_l1(const ApgdStep<T, G>& p, int64_t begin, int64_t end);
+
+// CUDA kernels: the whole batch, queued on the call's stream.
+template <class T, class G>
+void apgd_step_linf(const ApgdStep<T, G>& p, const CudaCall& call);
+template <class T, class G>
+void apgd_step_l2(const ApgdStep<T, G>& p, const CudaCall& call);
+template <class T, class G>
+void apgd_step_l1(const ApgdStep<T, G>& p, const CudaCall& call);
 
 }  // namespace blokern

@@ -22,8 +22,7 @@ template <class T, class G, class A>
 void fill_sparse_step(const T* x_adv, const T* x, const G* grad, A threshold, double step_size, A* delta,
                       int64_t size) {
   const auto signs_at = [=](int64_t i, auto w) {
-    const auto g = load<A>(grad + i, w);
-    return where(less(absolute(g), Lanes<A>(threshold)), Lanes<A>(), sign(g));
+    return followed_sign(load<A>(grad + i, w), Lanes<A>(threshold));
   };
   const auto [count] =
       sums<A, 1>(size, [=](int64_t i, auto w, auto& s) { s[0] = s[0] + absolute(signs_at(i, w)); });

@@ -1,5 +1,5 @@
 // The projections onto {‖δ‖ ≤ eps} and the image box, an element at a time: scalar on host and device, lanes
-// on the CPU. A sample's sums (norms, the L1 threshold) are the kernels' business.
+// on the CPU. And what is made of a sample's sums, which the kernels form.
 #pragma once
 
 #include "support/math.h"
@@ -38,6 +38,63 @@ BLOKERN_INLINE L1Term<V> l1_term(V delta, V x, V lo, V hi) {
   const V upper = where(negative, x - lo, hi - x);
   const V floor = larger(larger(lower, -upper), V(0));
   return {floor, absolute(delta) - floor, larger(upper - floor, V(0))};
+}
+
+// The search of that root. f(τ) = Σ clamp(size − τ, 0, cap) falls, in straight pieces: Newton's steps, each
+// from inside a bracket that must halve every second step, else it is bisected; no sort, exact once the piece
+// is found. The sums at tau() are for the caller to form, until improve() is content.
+template <class A>
+class L1Root {
+ public:
+  // largest: the largest size.
+  BLOKERN_INLINE L1Root(double radius, double largest)
+      : radius_(radius), high_(largest), last_width_(largest) {}
+
+  BLOKERN_INLINE A tau() const { return static_cast<A>(tau_); }
+
+  // value: f(tau()); slope: the number of its terms that fall there. Whether there is a better tau().
+  BLOKERN_INLINE bool improve(double value, double slope) {
+    const double excess = value - radius_;
+    constexpr double tolerance = 4 * static_cast<double>(std::numeric_limits<A>::epsilon());
+    if (!(absolute(excess) > tolerance * radius_) || step_ == 200) return false;
+    (excess > 0 ? low_ : high_) = tau_;
+    double next = slope > 0 ? tau_ + excess / slope : high_;
+    const bool stalls = step_ % 2 == 1 && high_ - low_ > 0.5 * last_width_;
+    if (step_ % 2 == 1) last_width_ = high_ - low_;
+    if (stalls || !(next > low_ && next < high_)) next = 0.5 * (low_ + high_);
+    if (static_cast<A>(next) == static_cast<A>(tau_)) return false;
+    tau_ = next;
+    ++step_;
+    return true;
+  }
+
+ private:
+  double radius_, low_ = 0, high_, last_width_, tau_ = 0;
+  int step_ = 0;
+};
+
+// Whether a sum of squares (or of magnitudes) of A's has lost nothing to underflow or overflow, and its
+// reciprocal is an A. False for NaN.
+template <class A>
+BLOKERN_INLINE bool is_safe_norm(double total) {
+  constexpr double least = 1e10 * static_cast<double>(std::numeric_limits<A>::min());
+  constexpr double most = 0.1 * static_cast<double>(std::numeric_limits<A>::max());
+  return total > least && total < most;
+}
+
+BLOKERN_INLINE double shrink_to(double eps, double norm) { return norm > eps ? eps / norm : 1; }
+
+// A norm in double whatever the exponents: the squares of a float32 gradient of 1e-25 are zero in float.
+struct ScaledNorm {
+  double scale;  // the largest |entry|
+  double norm;   // ‖entries / scale‖
+};
+
+// δ after a step along grad / ‖grad‖, for gradients of any magnitude.
+template <class A>
+BLOKERN_INLINE A scaled_step(double x_adv, double x, double grad, double step_size, ScaledNorm norm) {
+  const double direction = norm.norm == 0 ? 0 : grad / norm.scale / norm.norm;
+  return static_cast<A>(x_adv - x + step_size * direction);
 }
 
 }  // namespace blokern

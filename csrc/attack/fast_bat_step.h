@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attack/batch.h"
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -39,5 +40,9 @@ BLOKERN_INLINE FastBatDelta<V> fast_bat_delta(V z, V x, V grad, V step_size, V e
 // CPU kernel; [begin, end) counts elements of the whole batch.
 template <class T, class G>
 void fast_bat_step(const FastBatStep<T, G>& p, int64_t begin, int64_t end);
+
+// CUDA kernel: the whole batch, queued on the call's stream.
+template <class T, class G>
+void fast_bat_step(const FastBatStep<T, G>& p, const CudaCall& call);
 
 }  // namespace blokern

@@ -24,7 +24,6 @@ void pgd_step_linf(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
   });
 }
 
-// ‖δ + s·g‖² = ‖δ‖² + 2s⟨δ,g⟩ + s²‖g‖²: one reduction serves the direction's norm and the projection's.
 template <class T, class G>
 void pgd_step_l2(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
   using A = Accum<T>;
@@ -46,16 +45,15 @@ void pgd_step_l2(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
       s[1] = s[1] + d * d;
       s[2] = s[2] + d * g;
     });
-    const double scale = p.step_size[n] / std::sqrt(gg);
-    const double squared = dd + 2 * scale * dg + scale * scale * gg;
-    // Where the three terms cancel, or a sum left A's range, the sum above is not to be trusted.
-    if (!is_safe_norm<A>(gg) || squared < 0.01 * (dd + scale * scale * gg)) {
+    const L2Step step = l2_step<A>(gg, dd, dg, p.step_size[n]);
+    if (!step.trusted) {
       A* const delta = scratch<A>(size);
       fill_step_scaled<2>(x_adv, x, grad, p.step_size[n], delta, size);
       l2_project_row(delta, x, p.eps[n], p.clip, out, size);
       continue;
     }
-    const Lanes<A> s(static_cast<A>(scale)), shrink(static_cast<A>(shrink_to(p.eps[n], std::sqrt(squared))));
+    const Lanes<A> s(static_cast<A>(step.scale));
+    const Lanes<A> shrink(static_cast<A>(shrink_to(p.eps[n], std::sqrt(step.squared))));
     sweep<A>(0, size, [=](int64_t i, auto w) {
       const auto original = load<A>(x + i, w);
       const auto delta = (load<A>(x_adv + i, w) - original) + s * load<A>(grad + i, w);

@@ -6,6 +6,7 @@
 
 #include "attack/ball.h"
 #include "attack/batch.h"
+#include "support/cuda/call.h"
 
 namespace blokern {
 
@@ -27,5 +28,13 @@ template <class T>
 void project_l2(const Project<T>& p, int64_t begin, int64_t end);
 template <class T>
 void project_l1(const Project<T>& p, int64_t begin, int64_t end);
+
+// CUDA kernels: the whole batch, queued on the call's stream.
+template <class T>
+void project_linf(const Project<T>& p, const CudaCall& call);
+template <class T>
+void project_l2(const Project<T>& p, const CudaCall& call);
+template <class T>
+void project_l1(const Project<T>& p, const CudaCall& call);
 
 }  // namespace blokern

@@ -10,6 +10,7 @@
 
 #include "attack/ball.h"
 #include "attack/batch.h"
+#include "support/cuda/call.h"
 #include "support/philox.h"
 
 namespace blokern {
@@ -25,6 +26,39 @@ struct RandomStart {
   uint64_t seed;
 };
 
+enum Stream : uint32_t { kElements = 0, kSample = 1 };
+
+template <class A>
+BLOKERN_INLINE A linf_draw(uint32_t word) {
+  return A(2) * uniform<A>(word) - A(1);
+}
+
+// Box-Muller: two words, two values.
+template <class A>
+struct Gaussians {
+  A v[2];
+};
+template <class A>
+BLOKERN_INLINE Gaussians<A> gaussians(uint32_t first, uint32_t second) {
+  const A radius = std::sqrt(A(-2) * std::log(uniform<A>(first)));
+  const auto [cosine, sine] = cos_sin_of_turn(uniform<A>(second));
+  return {{radius * cosine, radius * sine}};
+}
+
+template <class A>
+BLOKERN_INLINE A exponential(uint32_t word) {
+  return -std::log(uniform<A>(word));
+}
+template <class A>
+BLOKERN_INLINE A signed_exponential(uint32_t word) {
+  return (word & 1u) != 0 ? -exponential<A>(word) : exponential<A>(word);
+}
+
+// The radius of a uniform point of the unit ball in `size` dimensions.
+BLOKERN_INLINE double radius_draw(uint32_t word, int64_t size) {
+  return std::pow(uniform<double>(word), 1.0 / static_cast<double>(size));
+}
+
 // CPU kernels; [begin, end) counts samples.
 template <class T>
 void random_start_linf(const RandomStart<T>& p, int64_t begin, int64_t end);
@@ -32,5 +66,13 @@ template <class T>
 void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end);
 template <class T>
 void random_start_l1(const RandomStart<T>& p, int64_t begin, int64_t end);
+
+// CUDA kernels: the whole batch, queued on the call's stream.
+template <class T>
+void random_start_linf(const RandomStart<T>& p, const CudaCall& call);
+template <class T>
+void random_start_l2(const RandomStart<T>& p, const CudaCall& call);
+template <class T>
+void random_start_l1(const RandomStart<T>& p, const CudaCall& call);
 
 }  // namespace blokern

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kCounters = 16;  // side by side, so that the compiler keeps a round in vector registers
 constexpr int kWords = 4 * kCounters;
-enum Stream : uint32_t { kElements = 0, kSample = 1 };
 
 using Words = std::array<uint32_t, kWords>;
 
@@ -27,8 +26,8 @@ Words words_at(uint64_t seed, int64_t first, int64_t n, Stream stream) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (int l = 0; l < kCounters; ++l) philox_round(c[0][l], c[1][l], c[2][l], c[3][l], k0, k1);
-    k0 += kPhiloxWeyl[0];
-    k1 += kPhiloxWeyl[1];
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
   }
   Words words;
   for (int l = 0; l < kCounters; ++l) {
@@ -63,7 +62,7 @@ void random_start_linf(const RandomStart<T>& p, int64_t begin, int64_t end) {
   A* const delta = scratch<A>(p.batch.size);
   for (int64_t n = begin; n < end; ++n) {
     for_each_words(p.seed, n, p.batch.size, [&](int64_t i, int count, const Words& words) {
-      for (int j = 0; j < count; ++j) delta[i + j] = A(2) * uniform<A>(words[j]) - A(1);
+      for (int j = 0; j < count; ++j) delta[i + j] = linf_draw<A>(words[j]);
     });
     finish_row(delta, p.x[n], p.eps[n], p.clip, p.out[n], p.batch.size);
   }
@@ -80,16 +79,14 @@ void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end) {
     double squared = 0;
     for_each_words(p.seed, n, size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; j += 2) {
-        const A radius = std::sqrt(A(-2) * std::log(uniform<A>(words[j])));
-        const A angle = A(6.283185307179586) * uniform<A>(words[j + 1]);
-        const A pair[2] = {radius * std::cos(angle), radius * std::sin(angle)};
+        const Gaussians<A> pair = gaussians<A>(words[j], words[j + 1]);
         for (int k = 0; k < 2 && j + k < count; ++k) {
-          delta[i + j + k] = pair[k];
-          squared += static_cast<double>(pair[k]) * static_cast<double>(pair[k]);
+          delta[i + j + k] = pair.v[k];
+          squared += static_cast<double>(pair.v[k]) * static_cast<double>(pair.v[k]);
         }
       }
     });
-    const double radius = std::pow(uniform<double>(sample_word(p.seed, n)), 1.0 / static_cast<double>(size));
+    const double radius = radius_draw(sample_word(p.seed, n), size);
     finish_row(delta, p.x[n], p.eps[n] * radius / std::sqrt(squared), p.clip, p.out[n], size);
   }
 }
@@ -102,12 +99,11 @@ void random_start_l1(const RandomStart<T>& p, int64_t begin, int64_t end) {
   const int64_t size = p.batch.size;
   A* const delta = scratch<A>(size);
   for (int64_t n = begin; n < end; ++n) {
-    double total = -std::log(uniform<double>(sample_word(p.seed, n)));
+    double total = exponential<double>(sample_word(p.seed, n));
     for_each_words(p.seed, n, size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; ++j) {
-        const A exponential = -std::log(uniform<A>(words[j]));
-        total += static_cast<double>(exponential);
-        delta[i + j] = (words[j] & 1u) != 0 ? -exponential : exponential;
+        delta[i + j] = signed_exponential<A>(words[j]);
+        total += static_cast<double>(absolute(delta[i + j]));
       }
     });
     finish_row(delta, p.x[n], p.eps[n] / total, p.clip, p.out[n], size);

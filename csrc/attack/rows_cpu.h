@@ -37,12 +37,6 @@ inline void fill_delta(const T* x_adv, const T* x, A* delta, int64_t size) {
            [=](int64_t i, auto w) { store(delta + i, load<A>(x_adv + i, w) - load<A>(x + i, w), w); });
 }
 
-// ‖grad‖ in double whatever its exponents: the squares of a float32 gradient of 1e-25 are zero in float.
-struct ScaledNorm {
-  double scale;  // the largest |entry|
-  double norm;   // ‖entries / scale‖
-};
-
 template <int P, class G>
 inline ScaledNorm scaled_norm(const G* grad, int64_t size) {
   double scale = 0, total = 0;
@@ -63,22 +57,12 @@ inline ScaledNorm scaled_norm(const G* grad, int64_t size) {
 template <int P, class T, class G, class A>
 inline void fill_step_scaled(const T* x_adv, const T* x, const G* grad, double step_size, A* delta,
                              int64_t size) {
-  const auto [scale, norm] = scaled_norm<P>(grad, size);
+  const ScaledNorm norm = scaled_norm<P>(grad, size);
   for (int64_t i = 0; i < size; ++i) {
-    const double direction = norm == 0 ? 0 : static_cast<double>(grad[i]) / scale / norm;
-    delta[i] =
-        static_cast<A>(static_cast<double>(x_adv[i]) - static_cast<double>(x[i]) + step_size * direction);
+    delta[i] = scaled_step<A>(static_cast<double>(x_adv[i]), static_cast<double>(x[i]),
+                              static_cast<double>(grad[i]), step_size, norm);
   }
 }
-
-// Whether a sum of squares (or of magnitudes) of A's has lost nothing to underflow or overflow, and its
-// reciprocal is an A. False for NaN.
-template <class A>
-inline bool is_safe_norm(double total) {
-  return total > 1e10 * std::numeric_limits<A>::min() && total < 0.1 * std::numeric_limits<A>::max();
-}
-
-inline double shrink_to(double eps, double norm) { return norm > eps ? eps / norm : 1; }
 
 // out ← clip(x + δ · min(1, eps / ‖δ‖₂)).
 template <class T, class A, class Out>
@@ -99,42 +83,36 @@ inline void l2_project_row(const A* delta, const T* x, double eps, Box clip, Out
   });
 }
 
-// The root τ ≥ 0 of f(τ) = Σ clamp(size − τ, 0, cap) = radius; f falls, in straight pieces. Newton's steps,
-// each from inside a bracket that must halve every second step, else it is bisected: no sort, exact once the
-// piece is found.
+// The root τ ≥ 0 of Σ clamp(size − τ, 0, cap) = radius.
 template <class A>
 inline A l1_threshold(const A* size, const A* cap, int64_t count, double radius) {
-  struct Piece {
-    double value, slope;
-  };
-  const auto piece_at = [&](A tau) -> Piece {
-    const Lanes<A> t(tau), zero, one(A(1));
+  Lanes<A> largest;
+  sweep<A>(0, count, [=, &largest](int64_t i, auto w) { largest = larger(largest, load<A>(size + i, w)); });
+  L1Root<A> root(radius, static_cast<double>(maximum(largest)));
+  for (bool better = true; better;) {
+    const Lanes<A> tau(root.tau()), zero, one(A(1));
     const auto [value, slope] = sums<A, 2>(count, [=](int64_t i, auto w, auto& s) {
       const auto c = load<A>(cap + i, w);
-      const auto over = load<A>(size + i, w) - t;
+      const auto over = load<A>(size + i, w) - tau;
       s[0] = s[0] + clamp(over, zero, c);
       s[1] = s[1] + where(less(zero, over) & less(over, c), one, zero);
     });
-    return {value, slope};
-  };
-  Lanes<A> largest;
-  sweep<A>(0, count, [=, &largest](int64_t i, auto w) { largest = larger(largest, load<A>(size + i, w)); });
-  double low = 0, high = static_cast<double>(maximum(largest));
-  const double tolerance = 4 * std::numeric_limits<A>::epsilon() * radius;
-  double tau = 0, last_width = high;
-  for (int step = 0; step < 200; ++step) {
-    const auto [value, slope] = piece_at(static_cast<A>(tau));
-    const double excess = value - radius;
-    if (!(std::abs(excess) > tolerance)) break;
-    (excess > 0 ? low : high) = tau;
-    double next = slope > 0 ? tau + excess / slope : high;
-    const bool stalls = step % 2 == 1 && high - low > 0.5 * last_width;
-    if (step % 2 == 1) last_width = high - low;
-    if (stalls || !(next > low && next < high)) next = 0.5 * (low + high);
-    if (static_cast<A>(next) == static_cast<A>(tau)) break;
-    tau = next;
+    better = root.improve(value, slope);
   }
-  return static_cast<A>(tau);
+  return root.tau();
+}
+
+// Lanes beyond the tail are `rest`.
+template <class A, class T>
+BLOKERN_INLINE Lanes<A> load_or(const T* p, Full full, A /*rest*/) {
+  return load<A>(p, full);
+}
+template <class A, class T>
+BLOKERN_INLINE Lanes<A> load_or(const T* p, Tail tail, A rest) {
+  Lanes<A> lanes = load<A>(p, tail);
+  for (int64_t i = tail.count; i < Lanes<A>::size(); ++i)
+    lanes.v[i / Vector<A>::size][i % Vector<A>::size] = rest;
+  return lanes;
 }
 
 // out ← the point of {‖δ‖₁ ≤ eps} ∩ box nearest to x + δ. `work` holds 2 · size A's.
@@ -145,7 +123,9 @@ inline void l1_project_row(const A* delta, const T* x, double eps, Box clip, Out
   A* const sizes = work;
   A* const caps = work + size;
   const auto [floors, total] = sums<A, 2>(size, [=](int64_t i, auto w, auto& s) {
-    const auto term = l1_term(load<A>(delta + i, w), load<A>(x + i, w), lo, hi);
+    // Beyond the tail an x in the box, so that the box forces nothing there.
+    const auto original = load_or<A>(x + i, w, static_cast<A>(clip.min));
+    const auto term = l1_term(load<A>(delta + i, w), original, lo, hi);
     store(sizes + i, term.size, w);
     store(caps + i, term.cap, w);
     s[0] = s[0] + term.floor;

@@ -76,4 +76,11 @@ void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_til
                      const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,
                      int64_t end);
 
+// The same where every entry is kept: offset [cols] is where each column's input lies, and values
+// [rows][cols].
+template <class A>
+void convolve_dense_weight(const int32_t* offset, int64_t cols, const A* grad, const Tiling& grad_tiling,
+                           const A* tile, const Tiling& tiling, int64_t step, const Part& part, A* values,
+                           bool add, int64_t begin, int64_t end);
+
 }  // namespace blokern

@@ -27,12 +27,17 @@ void with_vectors(const Part& part, Body&& body) {
 
 // Pixels of a part whose lanes are all in use, samples innermost on both sides; `from_pixel` and `to_pixel`
 // apart.
-template <class A, int kVectors, class From, class To>
+template <class A, int kVectors, bool kPastCache = false, class From, class To>
 BLOKERN_INLINE void copy_pixels(const From* from, int64_t from_pixel, To* to, int64_t to_pixel,
                                 int64_t pixels) {
   constexpr int n = Vector<A>::size;
   for (int64_t i = 0; i < pixels; ++i, from += from_pixel, to += to_pixel) {
-    for (int v = 0; v < kVectors; ++v) store_vector(to + v * n, load_vector(from + v * n));
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kPastCache && std::is_same_v<To, A>)
+        stream_vector(to + v * n, load_vector(from + v * n));
+      else
+        store_vector(to + v * n, load_vector(from + v * n));
+    }
   }
 }
 
@@ -58,7 +63,7 @@ void convolve_row(const Piece<T>& piece, const Accum<T>* origin, const T* bias, 
 
 template <class T, int kVectors>
 void convolve_part(const Piece<T>& piece, const Tiling& tiling, const Part& part, const Accum<T>* tile,
-                   const T* bias, const Images<T>& y, Accum<T>* sums) {
+                   const T* bias, const Images<T>& y, bool past_cache, Accum<T>* sums) {
   using A = Accum<T>;
   constexpr int64_t lanes = kVectors * Vector<A>::size;
   const int64_t h_end = std::min(part.h + part.height, piece.height), width = std::min(piece.width, kStrip);
@@ -80,15 +85,33 @@ void convolve_part(const Piece<T>& piece, const Tiling& tiling, const Part& part
                           pixel = piece.first + (h + i) * piece.row + w * piece.column;
             const Matrix<T> to{y.data + part.first * y.sample + k * y.channel + pixel * y.pixel,
                                piece.column * y.pixel, y.sample};
-            if (to.col_stride == 1 && part.count == lanes)
-              copy_pixels<A, kVectors>(from, lanes, to.data, to.row_stride, count);
-            else
+            if (to.col_stride != 1 || part.count != lanes)
               copy_out<A, T>(from, lanes, to, count, part.count);
+            else if (past_cache)
+              copy_pixels<A, kVectors, true>(from, lanes, to.data, to.row_stride, count);
+            else
+              copy_pixels<A, kVectors>(from, lanes, to.data, to.row_stride, count);
             from += count * lanes;
           }
         }
       }
     }
+  }
+}
+
+// body<kVectors>(factor, its rows' distance, tile, places, whether it is not the first) for strips of a
+// part's output rows: a block of the tile then stays in the second-level cache while all rows pass over it.
+template <class A, class Body>
+void for_each_strip(const A* grad, const Tiling& grad_tiling, const A* tile, const Tiling& tiling,
+                    int64_t step, const Part& part, Body&& body) {
+  const int64_t line = tiling.row_step * tiling.width * part.lanes, width = grad_tiling.width,
+                rows = std::max<int64_t>(1, kStrip / width);
+  for (int64_t h = 0; h < part.height; h += rows) {
+    const Places places{std::min(rows, part.height - h), width, line, step * part.lanes};
+    with_vectors<A>(part, [&]<int kVectors>() {
+      body.template operator()<kVectors>(grad + h * width * part.lanes, grad_tiling.plane() * part.lanes,
+                                         tile + h * line, places, h > 0);
+    });
   }
 }
 
@@ -156,32 +179,41 @@ void convolve(const Images<const T>& x, const Tiling& tiling, std::span<const Pi
   using A = Accum<T>;
   A* const tile = scratch<A, kTile>(tiling.channels * tiling.plane() * kConvLanes<A>);
   A* const sums = scratch<A, kSums>(kStripRows * kStrip * kConvLanes<A>);
+  const int64_t planes = pieces[0].stream.rows * y.height * y.width;
+  const bool past_cache =
+      goes_past_cache(y.data, planes * samples, y.pixel) && y.channel * sizeof(T) % kVectorBytes == 0;
   for (int64_t i = begin; i < end; ++i) {
     const Part part = part_of<A>(tiling, pieces[0].height, samples, i);
     pack_tile<T>(x, tiling, part, tile, 0, tiling.channels);
     for (const Piece<T>& piece : pieces) {
       with_vectors<A>(part, [&]<int kVectors>() {
-        convolve_part<T, kVectors>(piece, tiling, part, tile, bias, y, sums);
+        convolve_part<T, kVectors>(piece, tiling, part, tile, bias, y, past_cache, sums);
       });
     }
   }
+  if (past_cache) streamed();
 }
 
 template <class A>
 void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_tiling, const A* tile,
                      const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,
                      int64_t end) {
-  // A strip at a time: a block of the tile then stays in the second-level cache while all rows pass over it.
-  const int64_t line = tiling.row_step * tiling.width * part.lanes,
-                rows = std::max<int64_t>(1, kStrip / grad_tiling.width);
-  for (int64_t h = 0; h < part.height; h += rows) {
-    const Places places{std::min(rows, part.height - h), grad_tiling.width, line, step * part.lanes};
-    with_vectors<A>(part, [&]<int kVectors>() {
-      inner_products<A, kVectors>(stream, grad + h * grad_tiling.width * part.lanes,
-                                  grad_tiling.plane() * part.lanes, tile + h * line, places, values,
-                                  add || h > 0, begin, end);
-    });
-  }
+  for_each_strip<A>(
+      grad, grad_tiling, tile, tiling, step, part,
+      [&]<int kVectors>(const A* a, int64_t a_row, const A* b, const Places& places, bool more) {
+        inner_products<A, kVectors>(stream, a, a_row, b, places, values, add || more, begin, end);
+      });
+}
+
+template <class A>
+void convolve_dense_weight(const int32_t* offset, int64_t cols, const A* grad, const Tiling& grad_tiling,
+                           const A* tile, const Tiling& tiling, int64_t step, const Part& part, A* values,
+                           bool add, int64_t begin, int64_t end) {
+  for_each_strip<A>(
+      grad, grad_tiling, tile, tiling, step, part,
+      [&]<int kVectors>(const A* a, int64_t a_row, const A* b, const Places& places, bool more) {
+        dense_inner_products<A, kVectors>(offset, cols, a, a_row, b, places, values, add || more, begin, end);
+      });
 }
 
 #define INSTANTIATE(T)                                                                                  \
@@ -197,7 +229,9 @@ INSTANTIATE(c10::BFloat16)
   template int64_t count_tiles<A>(const Tiling&, int64_t, int64_t);                                          \
   template Part part_of<A>(const Tiling&, int64_t, int64_t, int64_t);                                        \
   template void convolve_weight<A>(const Stream&, const A*, const Tiling&, const A*, const Tiling&, int64_t, \
-                                   const Part&, A*, bool, int64_t, int64_t);
+                                   const Part&, A*, bool, int64_t, int64_t);                                 \
+  template void convolve_dense_weight<A>(const int32_t*, int64_t, const A*, const Tiling&, const A*,         \
+                                         const Tiling&, int64_t, const Part&, A*, bool, int64_t, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)
 #undef INSTANTIATE

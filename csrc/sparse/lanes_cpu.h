@@ -139,6 +139,16 @@ void copy_out(const A* from, int64_t from_stride, const Matrix<T>& to, int64_t r
   }
 }
 
+// Results of this size are no longer in cache when the next layer reads them: they are written past it.
+constexpr int64_t kUncachedBytes = 8 << 20;
+
+// Whether a result of so many elements is one, and those at multiples of `step` lie on a vector's boundary.
+template <class T>
+bool goes_past_cache(const T* to, int64_t elements, int64_t step) {
+  return std::is_same_v<T, Accum<T>> && elements * static_cast<int64_t>(sizeof(T)) >= kUncachedBytes &&
+         reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 && step * sizeof(T) % kVectorBytes == 0;
+}
+
 // Lanes of a wide panel fill half of the vector registers with sums; those of a narrow one, for few samples
 // and for what the wide ones leave, a cache line.
 template <class A>

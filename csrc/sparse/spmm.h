@@ -34,6 +34,10 @@ template <class T>
 void scatter_values(const Stream& stream, const Accum<T>* values, const Matrix<T>& weight, int64_t begin,
                     int64_t end);
 
+// Rows [begin, end) of product [rows, cols], contiguous: the values where the mask is 1, else zeros.
+template <class T>
+void spread_values(const Stream& stream, const Accum<T>* values, T* product, int64_t begin, int64_t end);
+
 // Rows [begin, end) of Y [rows, samples] = W X + bias.
 template <class T>
 void spmm(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, const T* bias,

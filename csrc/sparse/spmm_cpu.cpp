@@ -23,11 +23,11 @@ void pack_panels(const Matrix<const T>& x, int64_t features, int64_t samples, Ac
 template <class T>
 void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>* values, int64_t begin,
                    int64_t end) {
-  for (int64_t b = 0; b < stream.blocks(); ++b) {
-    const int32_t* const start = stream.start + b * stream.rows;
-    for (int64_t r = begin; r < end; ++r) {
-      const T* const row = weight.at(r, 0);
-      for (int32_t i = start[r]; i < start[r + 1]; ++i)
+  for (int64_t r = begin; r < end; ++r) {
+    const T* const row = weight.at(r, 0);
+    for (int64_t b = 0; b < stream.blocks(); ++b) {
+      const int32_t* const start = stream.start + b * stream.rows + r;
+      for (int32_t i = start[0]; i < start[1]; ++i)
         values[i] = static_cast<Accum<T>>(row[stream.column[i] * weight.col_stride]);
     }
   }
@@ -64,6 +64,27 @@ void scatter_values(const Stream& stream, const Accum<T>* values, const Matrix<T
         row[stream.column[i] * weight.col_stride] = static_cast<T>(values[i]);
     }
   }
+}
+
+template <class T>
+void spread_values(const Stream& stream, const Accum<T>* values, T* product, int64_t begin, int64_t end) {
+  constexpr int n = Vector<Accum<T>>::size;
+  const bool past_cache = goes_past_cache(product, stream.rows * stream.cols, stream.cols);
+  T* const buffer = scratch<T, kTile>(stream.cols);
+  for (int64_t r = begin; r < end; ++r) {
+    T* const row = product + r * stream.cols;
+    T* const to = past_cache ? buffer : row;
+    std::fill_n(to, stream.cols, T(0));
+    for (int64_t b = 0; b < stream.blocks(); ++b) {
+      const int32_t* const start = stream.start + b * stream.rows + r;
+      for (int32_t i = start[0]; i < start[1]; ++i) to[stream.column[i]] = static_cast<T>(values[i]);
+    }
+    if constexpr (std::is_same_v<T, Accum<T>>) {
+      for (int64_t c = 0; past_cache && c < stream.cols; c += n)
+        stream_vector(row + c, load_vector(buffer + c));
+    }
+  }
+  if (past_cache) streamed();
 }
 
 template <class T>
@@ -104,6 +125,7 @@ void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values
   template void gather_transposed<T>(const Stream&, const Stream&, const Matrix<const T>&, Accum<T>*,  \
                                      int64_t, int64_t);                                                \
   template void scatter_values<T>(const Stream&, const Accum<T>*, const Matrix<T>&, int64_t, int64_t); \
+  template void spread_values<T>(const Stream&, const Accum<T>*, T*, int64_t, int64_t);                \
   template void spmm<T>(const Stream&, const Accum<T>*, const Accum<T>*, const T*, const Matrix<T>&,   \
                         int64_t, int64_t, int64_t);
 INSTANTIATE(double)

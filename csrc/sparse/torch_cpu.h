@@ -3,12 +3,15 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "checks.h"
+#include "sparse/skinny.h"
 #include "sparse/stream.h"
 #include "support/scratch.h"
 
@@ -40,6 +43,39 @@ inline void check_factor(const Tensor& t, const char* name, const Tensor& like, 
   checks::same_device(t, name, like, like_name);
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
                    like.scalar_type(), ", got ", t.scalar_type());
+}
+
+inline MaskWords words_of(const Tensor& words, int64_t cols) {
+  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
+  TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
+                    "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
+                    words.sizes());
+  // The kernels that only read take the same struct.
+  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+}
+
+// weight ⊙ mask, contiguous, of a weight [rows, ...].
+inline Tensor masked_weight(const Tensor& weight, const Tensor& words) {
+  const Tensor dense = weight.contiguous();
+  Tensor masked = at::empty(weight.sizes(), weight.options());
+  const int64_t cols = weight.numel() / weight.size(0);
+  const MaskWords mask = words_of(words, cols);
+  dispatch(weight.scalar_type(), [&]<class T>() {
+    at::parallel_for(0, mask.rows, grain(cols), [&](int64_t b, int64_t e) {
+      apply_mask<T>(mask, {dense.const_data_ptr<T>(), cols, 1}, masked.mutable_data_ptr<T>(), b, e);
+    });
+  });
+  return masked;
+}
+
+// A product that is left to torch runs as ours do, whatever the caller's autocast.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+inline constexpr c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCPU};
+
+// A product of fewer multiplications is not worth the choice between sparse and dense; and torch has no fast
+// float64 convolution.
+inline bool may_be_dense(const Tensor& weight, int64_t positions) {
+  return weight.scalar_type() != at::kDouble && weight.numel() * positions >= 1 << 20;
 }
 
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,

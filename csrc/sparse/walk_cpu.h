@@ -11,10 +11,10 @@
 namespace blokern {
 
 // to [end - begin][kPositions][lanes], its rows `to_row` elements apart, ← bias + the sums of rows [begin,
-// end), lanes = kVectors vectors. The panel holds, at column[i] · lanes, what the stream's i-th entry
+// end), lanes = kVectors vectors. The panel holds, at column[i] · kPitch, what the stream's i-th entry
 // multiplies at the first position; the next are `step` elements on. Chains of sums of their own hide a
 // multiply-add's latency where there are few.
-template <class A, class T, int kVectors, int kPositions>
+template <class A, class T, int kVectors, int kPositions, int kPitch = kVectors * Vector<A>::size>
 void multiply(const Stream& stream, const A* values, const A* panel, int64_t step, const T* bias, A* to,
               int64_t to_row, int64_t begin, int64_t end) {
   constexpr int n = Vector<A>::size, lanes = kVectors * n;
@@ -33,7 +33,7 @@ void multiply(const Stream& stream, const A* values, const A* panel, int64_t ste
       int32_t i = start[r];
       const auto add = [&](int chain) {
         const VectorOf<A> weight = broadcast(values[i]);
-        const A* const x = panel + static_cast<int64_t>(stream.column[i]) * lanes;
+        const A* const x = panel + static_cast<int64_t>(stream.column[i]) * kPitch;
         for (int p = 0; p < kPositions; ++p) {
           for (int v = 0; v < kVectors; ++v)
             sum[chain][p][v] = multiply_add(weight, load_vector(x + p * step + v * n), sum[chain][p][v]);
@@ -114,6 +114,54 @@ void inner_products(const Stream& stream, const A* a_panel, int64_t a_row, const
         } else {
           for (int k = 0; k < count; ++k) values[i + k] = sums[k] + (add ? values[i + k] : A(0));
         }
+      }
+    }
+  }
+}
+
+// How many rows share their loads where all entries are kept: with n / kSharedRows entries at a time, loads
+// are as few as n products allow.
+template <class A>
+constexpr int kSharedRows = Vector<A>::size >= 16  ? 4
+                            : Vector<A>::size >= 4 ? 2
+                                                   : 1;
+
+// The same where every entry is kept, so that all rows have the columns [0, cols): values [rows][cols].
+template <class A, int kVectors>
+void dense_inner_products(const int32_t* column, int64_t cols, const A* a_panel, int64_t a_row,
+                          const A* b_panel, const Places& places, A* values, bool add, int64_t begin,
+                          int64_t end) {
+  constexpr int n = Vector<A>::size, lanes = kVectors * n, kRows = kSharedRows<A>, kCount = n / kRows;
+  for (int64_t r = begin; r < end; r += kRows) {
+    const A* rows[kRows];  // beyond the last, the last again
+    for (int64_t k = 0; k < kRows; ++k) rows[k] = a_panel + std::min(r + k, end - 1) * a_row;
+    for (int64_t c = 0; c < cols; c += kCount) {
+      const A* x[kCount];
+      for (int64_t k = 0; k < kCount; ++k)
+        x[k] = b_panel + static_cast<int64_t>(column[std::min(c + k, cols - 1)]) * lanes;
+      VectorOf<A> products[n] = {};
+      int64_t i = 0;
+      for (int64_t h = 0; h < places.height; ++h) {
+        for (int64_t w = 0; w < places.width; ++w) {
+          const int64_t place = h * places.row + w * places.column;
+          for (int v = 0; v < kVectors; ++v, i += n) {
+            VectorOf<A> factor[kRows];
+            for (int k = 0; k < kRows; ++k) factor[k] = load_vector(rows[k] + i);
+#pragma GCC unroll 16
+            for (int j = 0; j < kCount; ++j) {
+              const VectorOf<A> other = load_vector(x[j] + place + v * n);
+              for (int k = 0; k < kRows; ++k)
+                products[k * kCount + j] = multiply_add(factor[k], other, products[k * kCount + j]);
+            }
+          }
+        }
+      }
+      const VectorOf<A> sums = sums_of<A>(products);
+      const int64_t rows_left = std::min<int64_t>(kRows, end - r),
+                    cols_left = std::min<int64_t>(kCount, cols - c);
+      for (int64_t k = 0; k < rows_left; ++k) {
+        A* const to = values + (r + k) * cols + c;
+        for (int64_t j = 0; j < cols_left; ++j) to[j] = sums[k * kCount + j] + (add ? to[j] : A(0));
       }
     }
   }

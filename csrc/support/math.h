@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 // A formula is code within its kernel, never a call: lanes passed through memory cost more than the formula.
@@ -13,6 +14,10 @@
 #endif
 
 namespace blokern {
+
+// Arithmetic happens in float for half types and float, in double for double.
+template <class T>
+using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class A>
 using EnableScalar = std::enable_if_t<std::is_floating_point_v<A>, A>;
@@ -48,6 +53,28 @@ BLOKERN_INLINE bool less(A a, A b) {
 template <class A>
 BLOKERN_INLINE EnableScalar<A> where(bool condition, A a, A b) {
   return condition ? a : b;
+}
+
+template <class A>
+struct CosSin {
+  A cosine, sine;
+};
+
+// Of an angle of `turns` whole turns.
+template <class A>
+BLOKERN_INLINE CosSin<A> cos_sin_of_turn(A turns) {
+  CosSin<A> of;
+#if defined(__CUDA_ARCH__)
+  // The functions of π·x need no reduction of large arguments, which would cost a stack frame.
+  if constexpr (sizeof(A) == sizeof(float))
+    sincospif(2 * turns, &of.sine, &of.cosine);
+  else
+    sincospi(2 * turns, &of.sine, &of.cosine);
+#else
+  of.cosine = std::cos(A(6.283185307179586) * turns);
+  of.sine = std::sin(A(6.283185307179586) * turns);
+#endif
+  return of;
 }
 
 }  // namespace blokern

@@ -19,10 +19,6 @@
 
 namespace blokern {
 
-// Arithmetic happens in float for half types and float, in double for double.
-template <class T>
-using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // One register.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -166,6 +162,25 @@ BLOKERN_INLINE Vector<double>::type load_vector(const double* p) { return load_r
 BLOKERN_INLINE Floats load_vector(const float* p) { return load_raw<Floats>(p); }
 BLOKERN_INLINE void store_vector(double* p, Vector<double>::type v) { std::memcpy(p, &v, sizeof(v)); }
 BLOKERN_INLINE void store_vector(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Past the caches, which a plain store would first read the line into: for results that nobody reads soon.
+// `p` lies on a vector's boundary. Call `streamed` before another thread may read them.
+template <class A>
+BLOKERN_INLINE void stream_vector(A* p, typename Vector<A>::type v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_copy<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_copy<__m256i>(v));
+#else
+  store_vector(p, v);
+#endif
+}
+
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // gcc 12 takes __builtin_convertvector apart into half registers and shuffles; one instruction does it.
 // AVX-512 in its masked forms: gcc 12 warns of its own headers in the plain ones.

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from ops_cases import DTYPES, NORMS, SIZES, TOLERANCE, calls, images
+from threads import check_threads
 from torch import Tensor
 
 from blokern import ops
@@ -227,6 +228,17 @@ def test_x_outside_the_box_box_wins(norm: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_box_that_does_not_hold_zero(norm: str) -> None:
+    x_adv, x, _ = images((3, 3, 7, 11))
+    x_adv, x = 0.6 * x_adv + 0.3, 0.6 * x + 0.3
+    got = ops.project(x_adv, x, SIZES[norm][0], norm=norm, clip_min=0.25, clip_max=0.95)
+    want = reference.project(
+        x_adv.double(), x.double(), SIZES[norm][0], norm=norm, clip_min=0.25, clip_max=0.95
+    )
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
+
+
 def test_free_is_exact() -> None:
     """The mask is the strict test on the unclamped value in the op's own precision, also at the bounds."""
     gen = torch.Generator().manual_seed(0)
@@ -250,16 +262,7 @@ def test_free_is_exact() -> None:
 @every_op
 def test_same_bits_for_any_number_of_threads(op: str, norm: str) -> None:
     tensors = images((37, 3, 33, 31))
-    threads = torch.get_num_threads()
-    try:
-        outcomes = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outcomes.append(calls(ops, norm)[op](*tensors))
-    finally:
-        torch.set_num_threads(threads)
-    for other in outcomes[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+    check_threads(lambda: calls(ops, norm)[op](*tensors))
 
 
 class TestRandomStart:

@@ -5,130 +5,40 @@ import math
 import os
 import signal
 import sys
-import threading
 import types
 from dataclasses import replace
 
 import pytest
 import torch
+from runs import (
+    BATCHES,
+    SETTINGS,
+    SPLITS,
+    assert_same,
+    assert_same_run,
+    images,
+    make,
+    metrics,
+    sending,
+    state,
+)
 
 from blokern import models
 from blokern.bilevel import (
-    BiP,
-    BiPSettings,
     FastAT,
     FastATSettings,
     FastBAT,
-    FastBATSettings,
+    Interrupted,
     Plain,
     PlainSettings,
+    Trainer,
     checkpoint,
 )
-from blokern.bilevel import trainer as trainer_module
 from blokern.bilevel.checkpoint import CheckpointError
 from blokern.bilevel.step import StepResult
-from blokern.bilevel.trainer import Interrupted, Trainer, TrainSettings
-from blokern.data import ImageDataset, Splits
-from blokern.sparse import masks_of
 
-SETTINGS = TrainSettings(
-    epochs=3, batch_size=16, lr=0.05, eps=0.1, val_steps=2, val_batch_size=8, cycle_momentum=True, seed=3
-)
-BATCHES = 5  # an epoch
 DRAW = Trainer._draw
-
-
-def images(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    return ImageDataset("noise", pixels, torch.randint(0, 3, (count,), generator=generator), 3)
-
-
-SPLITS = Splits(train=images(16 * BATCHES + 3, 0), val=images(20, 1), test=images(4, 2))
-
-
-def make(run_dir, rule=FastBAT, method=None, settings=SETTINGS, seed=0, width=2, splits=SPLITS, **options):
-    torch.manual_seed(seed)
-    model = models.build("small_cnn", num_classes=3, in_channels=1, width=width)
-    method = FastBATSettings(eps=0.1, step_size=20.0) if method is None else method
-    return Trainer(rule(model, settings.optimizer(model), method), splits, settings, run_dir, **options)
-
-
-class Sending(FastBAT):
-    """Fast-BAT that gets a signal during its steps number `at` (1, 2, …)."""
-
-    at = ()
-    signum = signal.SIGINT
-
-    def step(self, x, y):
-        self.steps = getattr(self, "steps", 0) + 1
-        for number in self.at:
-            if number == self.steps:
-                signal.raise_signal(self.signum)
-        return super().step(x, y)
-
-
-def sending(*steps, signum=signal.SIGINT):
-    # Under the same name, by which a checkpoint knows its method.
-    return type("FastBAT", (Sending,), {"at": steps, "signum": signum})
-
-
-def state(run_dir, name="last.pt"):
-    """All of a checkpoint but the clock."""
-    payload = checkpoint.load(run_dir / name)
-    for record in payload["history"]:
-        del record["train_seconds"], record["val_seconds"]
-    del payload["totals"]["seconds"]
-    return payload
-
-
-def metrics(run_dir):
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in records]
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    else:
-        assert a == b
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, one_thread):
-    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    make(run_dir).fit()
-    return run_dir
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(uninterrupted, monkeypatch):
-    """Drawing takes longer than training here; the run of `uninterrupted` is drawn."""
-    monkeypatch.setattr(Trainer, "_draw", lambda trainer: None)
-
-
-def assert_same_run(run_dir, uninterrupted):
-    for name in ("last.pt", "best.pt"):
-        assert_same(state(run_dir, name), state(uninterrupted, name))
-    assert metrics(run_dir) == metrics(uninterrupted)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # --- A run --------------------------------------------------------------------------------------------------
@@ -231,227 +141,6 @@ def test_channels_last_runs_and_resumes(tmp_path):
         make(tmp_path / "parts", sending(7), settings=settings).fit()
     make(tmp_path / "parts", settings=settings, resume=True).fit()
     assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
-
-
-# --- Stop and resume ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    ("step", "epoch", "batch"),
-    [(1, 0, 1), (2, 0, 2), (BATCHES, 0, BATCHES), (BATCHES + 3, 1, 3), (3 * BATCHES, 2, BATCHES)],
-)
-def test_a_resumed_run_has_the_same_bits(tmp_path, uninterrupted, step, epoch, batch, signum):
-    before = signal.getsignal(signum)
-    with pytest.raises(
-        Interrupted, match=rf"stopped by {signum.name} .*resume to continue.*last\.pt"
-    ) as stop:
-        make(tmp_path, sending(step, signum=signum)).fit()
-    assert stop.value.signum == signum
-    assert signal.getsignal(signum) == before
-    saved = checkpoint.load(tmp_path / "last.pt")
-    assert (saved["epoch"], saved["batch"]) == (epoch, batch)
-
-    # A fresh model of another seed, and another state of the generator: nothing may come from there.
-    make(tmp_path, seed=99, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_a_signal_during_validation_is_not_lost(tmp_path, uninterrupted, monkeypatch):
-    real, calls = trainer_module.evaluate, []
-
-    def evaluate(model, loader, attack):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return real(model, loader, attack)
-
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
-    with pytest.raises(Interrupted):
-        make(tmp_path).fit()
-    saved = checkpoint.load(tmp_path / "last.pt")
-    assert (saved["epoch"], saved["batch"]) == (1, BATCHES)
-    make(tmp_path, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_a_signal_while_an_epoch_is_saved_stops_at_its_end(tmp_path, uninterrupted, monkeypatch):
-    real = checkpoint.save
-
-    def save(path, payload):
-        if payload["epoch"] == 2 and path.name == "last.pt":
-            monkeypatch.undo()
-            signal.raise_signal(signal.SIGINT)
-        real(path, payload)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(Interrupted, match="after epoch 2 of 3"):
-        make(tmp_path).fit()
-    make(tmp_path, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_stopped_again_and_again(tmp_path, uninterrupted):
-    for _ in range(3):
-        with pytest.raises(Interrupted):
-            make(tmp_path, sending(4), resume=True).fit()
-    make(tmp_path, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_an_interrupted_trainer_can_go_on_itself(tmp_path, uninterrupted):
-    trainer = make(tmp_path, sending(4))
-    with pytest.raises(Interrupted):
-        trainer.fit()
-    torch.rand(5)
-    trainer.fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_a_second_signal_acts_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt) as stop:
-        make(tmp_path, sending(4, 4)).fit()
-    assert not isinstance(stop.value, Interrupted)
-    assert not (tmp_path / "last.pt").exists()
-
-
-def test_an_ignored_signal_stays_ignored(tmp_path, uninterrupted):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        make(tmp_path, sending(4)).fit()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_trains_in_another_thread(tmp_path, uninterrupted):
-    thread = threading.Thread(target=make(tmp_path).fit)
-    thread.start()
-    thread.join()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_a_run_killed_after_a_timed_checkpoint_continues_from_it(tmp_path, uninterrupted):
-    class Killed(Exception):
-        pass
-
-    class Dying(FastBAT):
-        steps = 0
-
-        def step(self, x, y):
-            self.steps += 1
-            if self.steps == BATCHES + 4:
-                raise Killed
-            return super().step(x, y)
-
-    Dying.__name__ = "FastBAT"
-    with pytest.raises(Killed):
-        make(tmp_path, Dying, checkpoint_minutes=1e-9).fit()
-    saved = checkpoint.load(tmp_path / "last.pt")
-    assert (saved["epoch"], saved["batch"]) == (1, 3)
-    make(tmp_path, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_metrics_go_back_to_the_checkpoint(tmp_path, uninterrupted):
-    with pytest.raises(Interrupted):
-        make(tmp_path, sending(BATCHES + 1)).fit()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 2}\n{"epo')  # as if killed later, without a checkpoint
-    make(tmp_path, resume=True).fit()
-    assert metrics(tmp_path) == metrics(uninterrupted)
-
-
-def test_a_complete_run_says_so_and_does_nothing(tmp_path, uninterrupted, monkeypatch, capsys):
-    make(tmp_path).fit()
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr(trainer_module, "evaluate", None)
-    monkeypatch.setattr(FastBAT, "step", None)
-    history = make(tmp_path, resume=True).fit()
-    assert "complete, all 3 epochs are done" in capsys.readouterr().err
-    assert [record["epoch"] for record in history] == [1, 2, 3]
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_resume_starts_a_run_where_there_is_none(tmp_path, uninterrupted):
-    make(tmp_path, resume=True).fit()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-# --- Rules of two levels ------------------------------------------------------------------------------------
-
-
-def make_bip(run_dir, mode="paper", rule=BiP, **options):
-    method = BiPSettings(density=0.3, mode=mode, score_lr=2.0)
-    return make(run_dir, rule, method, options.pop("settings", SETTINGS), width=4, **options)
-
-
-def test_the_second_batch_is_of_the_same_images_in_another_order(tmp_path):
-    seen = []
-
-    class Watching(BiP):
-        def step(self, lower, upper):
-            seen.append((lower, upper))
-            return super().step(lower, upper)
-
-    settings = replace(SETTINGS, epochs=2, augment=False)
-    make_bip(tmp_path, rule=Watching, settings=settings).fit()
-    assert len(seen) == 2 * BATCHES
-    train = {image.numpy().tobytes() for image in (SPLITS.train.images.float() / 255)}
-    images = [torch.cat([pair[level][0] for pair in seen]) for level in (0, 1)]
-    for level in images:
-        assert {image.numpy().tobytes() for image in level} <= train
-    for lower, upper in seen:
-        assert not torch.equal(lower[0], upper[0])
-    assert not torch.equal(images[1][: 16 * BATCHES], images[1][16 * BATCHES :])  # a new order each epoch
-
-
-def test_the_scores_rate_falls_at_a_half_and_at_three_quarters(tmp_path):
-    rates = []
-
-    class Watching(BiP):
-        def step(self, lower, upper):
-            rates.append(self.score_lr)
-            return super().step(lower, upper)
-
-    make_bip(tmp_path, rule=Watching, settings=replace(SETTINGS, epochs=4)).fit()
-    half, quarter = 2 * BATCHES, BATCHES
-    assert rates == pytest.approx([2.0] * half + [0.2] * quarter + [0.02] * quarter)
-
-
-@pytest.mark.parametrize("mode", ["paper", "released"])
-@pytest.mark.parametrize("step", [2, BATCHES, 2 * BATCHES + 1])
-def test_a_resumed_bip_has_the_same_bits(tmp_path, mode, step):
-    class Stopping(BiP):
-        steps = 0
-
-        def step(self, lower, upper):
-            self.steps += 1
-            if self.steps == step:
-                signal.raise_signal(signal.SIGINT)
-            return super().step(lower, upper)
-
-    Stopping.__name__ = "BiP"
-    make_bip(tmp_path / "whole", mode).fit()
-    with pytest.raises(Interrupted):
-        make_bip(tmp_path / "parts", mode, Stopping).fit()
-    make_bip(tmp_path / "parts", mode, resume=True, seed=99).fit()
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    saved = state(tmp_path / "whole")
-    assert any(name.endswith("mask_words") for name in saved["model"])
-    assert saved["rule"]["momentum"].keys() == masks_of(make_bip(tmp_path / "new").rule.model).keys()
-    assert any(record["changed"] > 0 for record in saved["history"])
-
-
-def test_bip_in_channels_last_runs_and_resumes(tmp_path):
-    settings = replace(SETTINGS, channels_last=True, epochs=1)
-    for mode in ("paper", "released"):
-        make_bip(tmp_path / mode, mode, settings=settings).fit()
-        trainer = make_bip(tmp_path / mode, mode, settings=settings, resume=True)
-        assert trainer.complete
-        saved, rule = state(tmp_path / mode), trainer.rule
-        assert all(torch.equal(t, saved["model"][name]) for name, t in rule.model.state_dict().items())
-        assert all(torch.equal(s, saved["rule"]["scores"].get(name, s)) for name, s in rule.scores.items())
 
 
 def test_a_rule_without_state_saves_none(uninterrupted):
@@ -616,28 +305,6 @@ def test_an_interrupt_does_not_save_a_broken_model(tmp_path, what):
     with pytest.raises(FloatingPointError):
         make(tmp_path, Both).fit()
     assert not (tmp_path / "last.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
-        ({"epochs": 1.5}, TypeError, "epochs must be an int, got 1.5"),
-        ({"val_steps": -1}, ValueError, "val_steps must be at least 0, got -1"),
-        ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
-        ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
-        ({"lr": math.nan}, ValueError, "lr must be positive and finite, got nan"),
-        ({"schedule": "cos"}, ValueError, "schedule must be one of 'cyclic'"),
-        ({"momentum": 1.0}, ValueError, "momentum must be in"),
-        ({"momentum": 0.05, "cycle_momentum": True}, ValueError, r"momentum must be in \[0.1, 1\), got 0.05"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),
-        ({"eps": 0.0}, ValueError, r"eps must be in \(0, 1\], got 0.0"),
-        ({"seed": -1}, ValueError, "seed must be in"),
-    ],
-)
-def test_wrong_settings_are_named(change, error, message):
-    with pytest.raises(error, match=message):
-        TrainSettings(**change)
 
 
 def test_wrong_arguments_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from instruction_sets import check_everywhere
+from threads import check_threads
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from blokern import ops
-from blokern.ops import SparseMask
+from blokern.ops import SparseMask, reference
 
 
 class Case(NamedTuple):
@@ -50,6 +52,8 @@ CASES = [
     Case(3, 4, 6, (7, 9), (3, 3), padding=(1, 1)),
     Case(5, 2, 3, (8, 8), (3, 3), (2, 2), (1, 1), groups=2),
     Case(2, 6, 4, (5, 5), (1, 1)),
+    Case(2, 3, 5, (27, 23), (1, 1), groups=2),
+    Case(19, 2, 3, (25, 23), (1, 1)),
     Case(2, 3, 2, (5, 6), (1, 1), (2, 2), groups=2),
     Case(70, 3, 5, (6, 6), (3, 3), padding=(1, 1)),
     Case(4, 1, 1, (11, 9), (3, 3), (2, 2), (2, 2), (2, 2), groups=4),
@@ -59,6 +63,7 @@ CASES = [
     Case(3, 2, 2, (9, 9), (2, 2), (3, 3), (0, 0), (2, 2)),
     Case(2, 3, 140, (6, 5), (3, 2), (1, 2), (0, 1), (2, 1)),
     Case(2, 80, 3, (3, 3), (3, 3), padding=(2, 2)),
+    Case(1, 5, 9, (11, 37), (3, 5), padding=(1, 2), dilation=(2, 1)),
     Case(0, 2, 3, (4, 4), (3, 3)),
 ]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,20 +80,18 @@ def check(case: Case, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], de
     """Output and gradients within the dtype's rounding of the sum of their terms' magnitudes."""
     x, weight, mask, bias = case.tensors(dtype, density)
     inputs = [t.requires_grad_() for t in (layout(x), torch.where(mask, weight, torch.nan), bias)]
-    exact = [t.detach().double().requires_grad_() for t in (x, torch.where(mask, weight, 0), bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
     sizes = [t.detach().abs().requires_grad_() for t in exact]
 
     y = ops.masked_conv2d(inputs[0], inputs[1], mask, inputs[2], *case.how)
-    z, terms = (F.conv2d(*of, *case.how) for of in (exact, sizes))
+    z, terms = (reference.masked_conv2d(*of[:2], mask, of[2], *case.how) for of in (exact, sizes))
     assert y.is_contiguous() or y.stride(0) == 1
     grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     grads = torch.autograd.grad(y, inputs, layout(grad))
     wanted = torch.autograd.grad(z, exact, grad.double())
     bounds = torch.autograd.grad(terms, sizes, grad.double().abs())
     assert (grads[1][~mask] == 0).all()
-    for got, want, bound in zip(
-        [y, *grads[:2]], [z, wanted[0], wanted[1] * mask], [terms, *bounds[:2]], strict=True
-    ):
+    for got, want, bound in zip([y, *grads[:2]], [z, *wanted[:2]], [terms, *bounds[:2]], strict=True):
         assert got.shape == want.shape
         assert ((got.double() - want).abs() <= TOLERANCE[dtype] * (bound + 1e-30)).all()
 
@@ -135,12 +138,11 @@ def test_any_shape(data: st.DataObject) -> None:
 
 def test_padding_in_words_and_single_images() -> None:
     x, weight, mask, bias = Case(3, 4, 5, (7, 6), (3, 4)).tensors()
-    kept = weight * mask
     for padding in ("same", "valid"):
         got = ops.masked_conv2d(x, weight, mask, bias, padding=padding)
-        torch.testing.assert_close(got, F.conv2d(x, kept, bias, padding=padding))
+        torch.testing.assert_close(got, reference.masked_conv2d(x, weight, mask, bias, padding=padding))
     got = ops.masked_conv2d(x[0], weight, SparseMask(mask), None, 1, 1)
-    torch.testing.assert_close(got, F.conv2d(x[0], kept, None, 1, 1))
+    torch.testing.assert_close(got, reference.masked_conv2d(x[0], weight, mask, None, 1, 1))
 
 
 def test_samples_innermost_stays_so() -> None:
@@ -189,10 +191,11 @@ def test_dense_gradients_are_those_by_the_product(case: Case, layout: str) -> No
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
 @pytest.mark.parametrize("kernel", [(2, 4), (3, 3), (4, 3)])
-def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int]) -> None:
+def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int], layout: str) -> None:
     x, weight, mask, _ = Case(3, 4, 5, (7, 6), kernel).tensors()
-    how = {"padding": "same", "dilation": (1, 2)}
+    how, x = {"padding": "same", "dilation": (1, 2)}, LAYOUTS[layout](x)
     ours = dense_derivatives(x, weight, lambda x, w: ops.masked_conv2d(x, w, mask, **how, dense_grad=True))
     for got, exact in zip(
         ours, dense_derivatives(x, weight * mask, lambda x, w: F.conv2d(x, w, **how)), strict=True
@@ -200,9 +203,11 @@ def test_dense_gradients_of_padding_to_the_same_size(kernel: tuple[int, int]) ->
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
-def test_dense_gradients_pass_differences() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
+def test_dense_gradients_pass_differences(layout: str) -> None:
     """With a full mask by all, else by x and the output's gradient: a masked weight does not move the output."""
     x, weight, mask, _ = Case(2, 2, 2, (4, 3), (3, 2), groups=2).tensors()
+    x = LAYOUTS[layout](x)
 
     def conv(mask: SparseMask) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, weight: ops.masked_conv2d(x, weight, mask, None, 2, 1, 1, 2, dense_grad=True)
@@ -214,30 +219,52 @@ def test_dense_gradients_pass_differences() -> None:
     assert torch.autograd.gradgradcheck(conv(SparseMask(mask)), (x, weight))
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]])
+def test_gradients_in_another_layout_than_the_input(case: Case) -> None:
+    x, weight, mask, _ = case.tensors()
+    leaf = weight.requires_grad_()
+    want = F.conv2d(x, leaf * mask, None, *case.how)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (exact,) = torch.autograd.grad(want, leaf, grad)
+    for of_x, of_grad in itertools.permutations(LAYOUTS.values(), 2):
+        y = ops.masked_conv2d(of_x(x), leaf, mask, None, *case.how)
+        (got,) = torch.autograd.grad(y, leaf, of_grad(grad))
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-11)
+
+
 def test_a_changed_mask_is_seen() -> None:
     x, weight, mask, _ = CASES[0].tensors()
     sparse = SparseMask(mask)
     ops.masked_conv2d(x, weight, sparse, None, *CASES[0].how)
     sparse.update_(~mask)
     got = ops.masked_conv2d(x, weight, sparse, None, *CASES[0].how)
-    torch.testing.assert_close(got, F.conv2d(x, weight * ~mask, None, *CASES[0].how))
+    torch.testing.assert_close(got, reference.masked_conv2d(x, weight, ~mask, None, *CASES[0].how))
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    case = Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1))
-    x, weight, mask, _ = case.tensors(torch.float32)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(70, 20, 30, (9, 9), (3, 3), (2, 2), (1, 1)),
+        Case(1, 60, 90, (9, 19), (3, 3), (1, 1), (1, 1)),
+        Case(40, 60, 90, (5, 19), (1, 1)),
+    ],
+)
+def test_same_bits_for_any_number_of_threads(case: Case) -> None:
+    x, weight, mask, _ = case.tensors(torch.float32, 0.05)  # of more, torch makes some products
     mask[:10] = False
     inputs = [x.requires_grad_(), weight.requires_grad_()]
-    outputs = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y = ops.masked_conv2d(*inputs, mask, None, *case.how)
-            outputs.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    finally:
-        torch.set_num_threads(1)
-    for others in outputs[1:]:
-        assert all(map(torch.equal, outputs[0], others))
+    inner = LAYOUTS["samples innermost"](x.detach())
+
+    def run() -> list[Tensor]:
+        y = ops.masked_conv2d(*inputs, mask, None, *case.how)
+        by_inner = ops.masked_conv2d(inner, weight, mask, None, *case.how, dense_grad=True)
+        return [
+            y,
+            *torch.autograd.grad(y.square().sum(), inputs),
+            *torch.autograd.grad(by_inner.square().sum(), [weight]),
+        ]
+
+    check_threads(run)
 
 
 EVERYWHERE = """
@@ -262,13 +289,27 @@ def test_opcheck() -> None:
     leaves = [t.clone().requires_grad_() for t in (x, weight, grad)]
     for layout in (LAYOUTS["contiguous"], LAYOUTS["samples innermost"]):
         x, weight, grad = layout(leaves[0].detach()).requires_grad_(), leaves[1], leaves[2]
-        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan))
-        dense = [*CASES[1].stride, *CASES[1].padding, *CASES[1].dilation]
-        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, dense))
+        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, False))
+        opcheck(blokern.masked_conv2d.default, (x, weight, bias, *plan, True))
         by_x = (layout(grad.detach()).requires_grad_(), weight, *plan)
-        opcheck(blokern.masked_conv2d_input.default, by_x)
-        opcheck(blokern.masked_conv2d_input.default, (*by_x, dense))
+        opcheck(blokern.masked_conv2d_input.default, (*by_x, False))
+        opcheck(blokern.masked_conv2d_input.default, (*by_x, True))
         opcheck(blokern.masked_conv2d_weight.default, (grad, x, *plan, list(weight.shape)))
+        opcheck(blokern.conv2d_weight.default, (grad, x, plan.geometry, list(weight.shape), plan.numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_dense_weight_gradients_of_samples_innermost(case: Case, dtype: torch.dtype) -> None:
+    x, weight, mask, _ = case.tensors(dtype)
+    leaf = weight.clone().requires_grad_()
+    y = ops.masked_conv2d(LAYOUTS["samples innermost"](x), leaf, mask, None, *case.how, dense_grad=True)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (got,) = torch.autograd.grad(y, leaf, grad)
+    exact = weight.double().requires_grad_()
+    (want,) = torch.autograd.grad(F.conv2d(x.double(), exact, None, *case.how), exact, grad.double())
+    scale = want.abs().max().item() if want.numel() else 1.0
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
 @pytest.mark.parametrize("dense_grad", [False, True])
@@ -314,3 +355,30 @@ def test_wrong_calls_name_the_argument() -> None:
         ops.masked_conv2d(x.float(), weight, mask)
     with pytest.raises(TypeError, match="x must be float64, float32 or bfloat16, got Half"):
         ops.masked_conv2d(x.half(), weight.half(), mask)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "samples innermost"])
+@pytest.mark.parametrize("kept", [0.9, 0.2])
+@pytest.mark.parametrize(
+    "case",
+    [Case(20, 16, 24, (11, 9), (3, 3), (2, 1), (1, 1), groups=2), Case(20, 32, 48, (7, 7), (1, 1), (2, 2))],
+)
+def test_large_products_of_every_density(case: Case, kept: float, layout: str) -> None:
+    """Where much is kept, torch multiplies: same results, same layout, no masked weight read."""
+    check(case, torch.float32, LAYOUTS[layout], kept)
+    x, weight, mask, _ = case.tensors(torch.float32, kept)
+    y = ops.masked_conv2d(LAYOUTS[layout](x), weight, mask, None, *case.how)
+    assert (y.permute(1, 2, 3, 0) if layout == "samples innermost" else y).is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.masked_conv2d(x, weight, mask, None, *case.how).dtype == torch.float32
+    same = {"padding": "same", "dilation": 2}
+    even = torch.randn(24, 16, 2, 4), torch.rand(24, 16, 2, 4) < kept
+    leaves = [torch.randn(20, 16, 11, 9).requires_grad_(), even[0].requires_grad_()]
+    got = ops.masked_conv2d(*leaves, even[1], **same)
+    want = F.conv2d(leaves[0], leaves[1] * even[1], **same)
+    grad = torch.randn(got.shape)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

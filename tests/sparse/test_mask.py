@@ -24,7 +24,7 @@ def masks(shape: tuple[int, ...], density: float = 0.3) -> Tensor:
 def from_stream(mask: SparseMask, transposed: bool) -> Tensor:
     """The dense matrix that a stream describes; fails where its order is not the promised one."""
     rows, cols = (mask.cols, mask.rows) if transposed else (mask.rows, mask.cols)
-    start, column, block = mask.stream(transposed=transposed)
+    start, column, block, _ = mask.stream(transposed=transposed)
     dense = torch.zeros(rows, cols, dtype=torch.bool)
     ends = start.tolist()
     for part, (first, last) in enumerate(itertools.pairwise(ends)):

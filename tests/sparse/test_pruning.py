@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from instruction_sets import check_everywhere
+from threads import check_threads
 from torch import Tensor
 from torch.library import opcheck
 
@@ -157,15 +158,7 @@ def test_writes_are_counted(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_same_bits_for_any_number_of_threads(name: str) -> None:
     shapes = [(3, 5), (300, 700), (1, 40_000)]
-    outputs = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outputs.append(run(ops, name, shapes, RATES[2], torch.float32))
-    finally:
-        torch.set_num_threads(1)
-    for others in outputs[1:]:
-        assert all(map(torch.equal, outputs[0], others))
+    check_threads(lambda: run(ops, name, shapes, RATES[2], torch.float32))
 
 
 DIGEST = """

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from instruction_sets import check_everywhere
+from threads import check_threads
 from torch import Tensor
 from torch.library import opcheck
 
@@ -180,27 +181,22 @@ def test_equal_groups_tie_to_the_lower_index() -> None:
     assert ops.filter_mask(near, 0.5)[:, 0].tolist() == [False, True]
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-def test_same_bits_for_any_number_of_threads(threads: Callable[[int], None]) -> None:
+def test_same_bits_for_any_number_of_threads() -> None:
     sizes = (3, 70_000, 1, 50_000, 0, 30_000)
     lists = [
         [draw(n, seed=i).round() for i, n in enumerate(sizes)],
         [draw(n, seed=i, dtype=DTYPES[i % 4]) for i, n in enumerate(sizes)],
         [torch.zeros(n) for n in sizes],
     ]
-    outputs = []
-    for count in (1, 2, 3):
-        threads(count)
-        masks = [ops.topk_mask(scores, 0.4, scope=scope) for scores in lists for scope in ("global", "layer")]
-        masks += [[ops.nm_mask(lists[0][1], 2, 4), ops.filter_mask(lists[0][1].view(700, 100), 0.3)]]
-        outputs.append([mask for some in masks for mask in some])
-    for others in outputs[1:]:
-        assert all(map(torch.equal, outputs[0], others))
+
+    def run() -> Iterator[Tensor]:
+        for scores in lists:
+            for scope in ("global", "layer"):
+                yield from ops.topk_mask(scores, 0.4, scope=scope)
+        yield ops.nm_mask(lists[0][1], 2, 4)
+        yield ops.filter_mask(lists[0][1].view(700, 100), 0.3)
+
+    check_threads(run)
 
 
 def test_denormals_rank_in_every_mode_of_the_processor() -> None:

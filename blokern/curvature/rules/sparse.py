@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from blokern.curvature.op import Rule
 from blokern.curvature.rules.products import Bilinear
-from blokern.ops.handles import MASKED_CONV2D, MASKED_CONV2D_INPUT, MASKED_CONV2D_WEIGHT, SDDMM, SPMM
+from blokern.ops.convolution import Plan, dense_arguments
+from blokern.ops.handles import (
+    CONV2D_WEIGHT,
+    MASKED_CONV2D,
+    MASKED_CONV2D_INPUT,
+    MASKED_CONV2D_WEIGHT,
+    SDDMM,
+    SPMM,
+)
 
 __all__ = ["RULES"]
 
@@ -30,7 +38,7 @@ class MaskedProduct(Bilinear):
     loops = True
 
     def setup(self, out: Tensor, weight: Tensor, x: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
-        self.streams, self.dense = how[:6], how[6:] == (True,)
+        self.streams, self.dense = how[:8], how[8:] == (True,)
         return weight, x
 
     def _is_dense(self, weight: Tensor) -> bool:
@@ -44,7 +52,7 @@ class MaskedProduct(Bilinear):
         return grad @ b.mT if self.dense else SDDMM(grad, b, *self.streams)
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
-        turned = self.streams[3:] + self.streams[:3]
+        turned = self.streams[4:] + self.streams[:4]
         return a.mT @ grad if self._is_dense(a) else SPMM(a.mT, grad, None, *turned)
 
     def by_term(self, grad: Tensor) -> Tensor:
@@ -62,21 +70,8 @@ class MaskedConvolution(Bilinear):
     loops = True
 
     def setup(self, out: Tensor, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
-        self.plan = how[:4]
-        dense = how[4] if len(how) > 4 else None
-        self.dense = dense is not None
-        if dense is not None:
-            stride, before, dilation = dense[:2], dense[2:4], dense[4:]
-            # Padding to the "same" size may be longer at the end.
-            more = [
-                max(0, (m - 1) * s + d * (k - 1) + 1 - n - 2 * p)
-                for m, s, d, k, n, p in zip(
-                    out.shape[2:], stride, dilation, weight.shape[2:], x.shape[2:], before, strict=True
-                )
-            ]
-            self.pad = (0, more[1], 0, more[0])
-            groups = x.shape[1] // weight.shape[1]
-            self.how = (stride, before, dilation, False, [0, 0], groups)
+        self.plan, self.dense = Plan(*how[:6]), how[6]
+        self.pad, self.how = dense_arguments(x.shape, out.shape, weight.shape, self.plan.numbers)
         return x, weight
 
     def _is_dense(self, weight: Tensor) -> bool:
@@ -85,7 +80,7 @@ class MaskedConvolution(Bilinear):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         if self._is_dense(b):
             return aten.convolution(F.pad(a, self.pad), b, None, *self.how)  # type: ignore[no-any-return]
-        return MASKED_CONV2D(a, b, None, *self.plan)  # type: ignore[no-any-return]
+        return MASKED_CONV2D(a, b, None, *self.plan, False)  # type: ignore[no-any-return]
 
     def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
         if self._is_dense(b):
@@ -93,13 +88,12 @@ class MaskedConvolution(Bilinear):
             wanted = (True, False, False)
             by_padded = aten.convolution_backward(grad, x, b, None, *self.how, wanted)[0]
             return F.pad(by_padded, [-p for p in self.pad])
-        return MASKED_CONV2D_INPUT(grad, b, *self.plan)  # type: ignore[no-any-return]
+        return MASKED_CONV2D_INPUT(grad, b, *self.plan, False)  # type: ignore[no-any-return]
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
         weight = self.saved[1]
         if self.dense:
-            x, wanted = F.pad(a, self.pad), (False, True, False)
-            return aten.convolution_backward(grad, x, weight, None, *self.how, wanted)[1]  # type: ignore[no-any-return]
+            return CONV2D_WEIGHT(grad, a, self.plan.geometry, weight.shape, self.plan.numbers)  # type: ignore[no-any-return]
         return MASKED_CONV2D_WEIGHT(grad, a, *self.plan, weight.shape)  # type: ignore[no-any-return]
 
     def by_term(self, grad: Tensor) -> Tensor:

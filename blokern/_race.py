@@ -3,12 +3,10 @@ all of them; a ratio is the median over rounds of two times of one round. Times 
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from blokern import _backend
 from blokern._version import __version__
 
-__all__ = ["Case", "Row", "report", "run_case", "table", "write"]
+__all__ = ["Case", "Row", "pretty", "report", "run_case"]
 
 #: Long enough for the clock and for a thread's wake-up not to matter.
 MIN_SAMPLE_SECONDS = 2e-3
@@ -33,7 +31,7 @@ class Case:
     """
 
     name: str
-    rivals: dict[str, Callable[[], object]]
+    rivals: Mapping[str, Callable[[], object]]
     ours: str
     bytes: int = 0
 
@@ -53,6 +51,7 @@ class Row:
 
 
 def run_case(case: Case, rounds: int) -> list[Row]:
+    """Time the rivals in turn, each once a round; a row a rival, in their order."""
     repeats = {name: _repeats(run) for name, run in case.rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in case.rivals}
     for _ in range(rounds):
@@ -85,38 +84,23 @@ def _time(run: Callable[[], object], repeats: int) -> float:
 
 
 def _repeats(run: Callable[[], object]) -> int:
-    for _ in range(3):  # compile, allocate, warm the caches
-        run()
-    return max(1, round(MIN_SAMPLE_SECONDS / max(_time(run, 3), 1e-9)))
+    run()  # compile, allocate
+    fastest = min(_time(run, 1) for _ in range(3))  # warms the caches, too
+    return max(1, round(MIN_SAMPLE_SECONDS / max(fastest, 1e-9)))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, a section a case."""
-    lines: list[str] = []
-    for case in dict.fromkeys(row.case for row in rows):
-        lines += [f"\n### {case}\n", "| | time | × ours | spread | GB/s |", "|---|---:|---:|---:|---:|"]
-        for row in (row for row in rows if row.case == case):
-            name = f"**{row.rival}**" if row.ours else row.rival
-            rate = f"{row.gigabytes_a_second:.1f}" if row.gigabytes_a_second else ""
-            lines.append(
-                f"| {name} | {_pretty(row.seconds)} | {row.times_ours:.2f} | ±{row.spread:.0%} | {rate} |"
-            )
-    return "\n".join(lines)
-
-
-def _pretty(seconds: float) -> str:
+def pretty(seconds: float) -> str:
+    """With a fitting unit, and three digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
 
 
-def report(suite: str, rows: Sequence[Row]) -> dict[str, Any]:
+def report(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that a reader needs to judge the figures, as JSON takes it."""
     return {
-        "suite": suite,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
         "machine": {
             "processor": _processor(),
             "cores": torch.multiprocessing.cpu_count(),
@@ -129,13 +113,6 @@ def report(suite: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['suite']}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return path
-
-
 def _processor() -> str:
     """The model's name, and the widest vectors: virtual machines often hide the rest."""
     try:
@@ -146,17 +123,3 @@ def _processor() -> str:
         return f"{facts['model name']}, {family}, {torch.backends.cpu.get_cpu_capability()}"
     except (OSError, KeyError):
         return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _commit() -> str:
-    """The commit measured; "-dirty" if anything but the results that a run itself writes differs from it."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
-    return (commit or "unknown") + ("-dirty" if changed else "")
-
-
-def _git(*words: str) -> str:
-    root = Path(__file__).parent
-    return subprocess.run(
-        ["git", *words], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()

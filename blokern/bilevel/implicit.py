@@ -1,0 +1,113 @@
+"""BiP's implicit gradient with the lower level's Hessian, which the method itself takes for zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from blokern.bilevel.step import Batch
+from blokern.curvature import HessianOperator, Operator, Solution
+from blokern.sparse import MaskedConv2d, MaskedLinear
+
+__all__ = ["MaskedLayer", "ModelLoss", "Solver", "dense_grad", "implicit_gradient"]
+
+#: (model, x, y) → the loss, a scalar, and the logits [N, K] that it is of.
+ModelLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+MaskedLayer: TypeAlias = MaskedConv2d | MaskedLinear
+#: (A, b) → x with A x = b, such as cg_solve.
+Solver: TypeAlias = Callable[[Operator, Mapping[str, Tensor]], Solution]
+
+
+def implicit_gradient(
+    model: nn.Module,
+    loss_fn: ModelLoss,
+    batch: Batch,
+    grads: Mapping[str, Tensor],
+    *,
+    gamma: float,
+    solve: Solver,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """θ ⊙ (g − H q) − g ⊙ q with q = (M H M + γ I)⁻¹ (m ⊙ g), and the system's relative residual, a scalar.
+
+    grads: g by the names of masked weights, dense; H is ∇²_w ℓ of the batch. The solver's products with H and one more.
+
+    Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, before H is taken for zero.
+
+    >>> along, residual = implicit_gradient(model, cross_entropy, (x, y), grads, gamma=1.0, solve=cg_solve)
+    """
+    layers: dict[str, MaskedLayer] = {name: _layer(model, name) for name in grads}
+    masks = {name: layer.mask.to_dense() for name, layer in layers.items()}
+    with dense_grad(layers.values()):
+        hessian = HessianOperator(
+            _Loss(model, loss_fn), _first, [(batch, batch[1])], parameters=[*map(_inner, grads)], keep=True
+        )
+        b = {_inner(name): grad * masks[name] for name, grad in grads.items()}
+        solution = solve(_System(hessian, masks, gamma), b)
+        product = hessian @ solution.x
+    along = {}
+    for name, g in grads.items():
+        weight, q, h_q = layers[name].weight.detach(), solution.x[_inner(name)], product[_inner(name)]
+        along[name] = weight * (g - h_q) - g * q
+    return along, solution.residual
+
+
+@contextmanager
+def dense_grad(layers: Iterable[MaskedLayer]) -> Iterator[None]:
+    """Inside, derivatives of the layers are those by m ⊙ θ.
+
+    >>> with dense_grad(layers):
+    ...     grads = torch.autograd.grad(loss(), [layer.weight for layer in layers])
+    """
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer.dense_grad = True
+        yield
+    finally:
+        for layer in layers:
+            layer.dense_grad = False
+
+
+class _System:
+    """M H M + γ I, on vectors that are zero where the mask is."""
+
+    def __init__(self, hessian: HessianOperator, masks: Mapping[str, Tensor], gamma: float) -> None:
+        self._hessian, self._gamma = hessian, gamma
+        self._masks = {_inner(name): mask for name, mask in masks.items()}
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self._hessian.parameters
+
+    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        product = self._hessian @ v
+        return {name: t * self._masks[name] + self._gamma * v[name] for name, t in product.items()}
+
+
+class _Loss(nn.Module):
+    """A model with its loss, of a batch."""
+
+    def __init__(self, model: nn.Module, loss_fn: ModelLoss) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_fn(self.model, *batch)[0]
+
+
+def _inner(name: str) -> str:
+    """A parameter's name in `_Loss`."""
+    return f"model.{name}"
+
+
+def _first(loss: Tensor, y: Tensor) -> Tensor:
+    return loss
+
+
+def _layer(model: nn.Module, name: str) -> MaskedLayer:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(layer, MaskedConv2d | MaskedLinear)
+    return layer

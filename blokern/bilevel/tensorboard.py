@@ -1,0 +1,27 @@
+"""The metrics of a run in TensorBoard, where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["tensorboard"]
+
+
+def tensorboard(run_dir: Path, epoch: int) -> Any:
+    """TensorBoard's writer, forgetting what it was told after ``epoch``, or one that does nothing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed: metrics go to metrics.jsonl only", file=sys.stderr, flush=True)
+        return _NoBoard()
+    return SummaryWriter(str(run_dir), purge_step=epoch + 1)
+
+
+class _NoBoard:
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,160 @@
+"""The attack ops on emulated CUDA kernels: a stand-in for :mod:`blokern.ops` in the tests of that module."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import subprocess
+from pathlib import Path
+
+import torch
+from emulation_build import ROOT, build
+from torch import Tensor
+
+SCHEDULES = ("forward", "reverse", "shuffled")
+KERNELS = ("apgd_step", "fast_bat_step", "pgd_step", "project", "random_start")
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("I", len(text)) + text.encode()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class EmulatedOps:
+    """blokern.ops' attack functions. Rows go to the kernels with their own strides and alignment; a tensor whose
+    samples are not dense in memory is copied first, as the ops do."""
+
+    def __init__(self, schedule: str) -> None:
+        self.schedule = SCHEDULES.index(schedule)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seeds = itertools.count()
+
+    @staticmethod
+    def program() -> Path:
+        sources = [ROOT / "csrc" / "attack" / f"{kernel}_cuda.cu" for kernel in KERNELS]
+        return build("attack_emulated", [Path(__file__).parent / "attack_emulated.cpp", *sources])
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.stderr.close()
+            self._process.wait()
+            self._process = None
+
+    def pgd_step(self, x_adv, x, grad, step_size, eps, *, norm="linf", active=None, **box):
+        out = torch.empty_like(x_adv).fill_(float("nan"))
+        tensors = {"x_adv": x_adv, "x": x, "grad": grad, "out": out, "active": active}
+        return self._call(f"pgd_step_{norm}", tensors, step_size, eps, **box)["out"]
+
+    def pgd_step_(self, x_adv, x, grad, step_size, eps, *, norm="linf", active=None, **box):
+        return x_adv.copy_(self.pgd_step(x_adv, x, grad, step_size, eps, norm=norm, active=active, **box))
+
+    def project(self, x_adv, x, eps, *, norm="linf", active=None, **box):
+        out = torch.empty_like(x_adv).fill_(float("nan"))
+        tensors = {"x_adv": x_adv, "x": x, "out": out, "active": active}
+        return self._call(f"project_{norm}", tensors, 0.0, eps, **box)["out"]
+
+    def project_(self, x_adv, x, eps, *, norm="linf", active=None, **box):
+        return x_adv.copy_(self.project(x_adv, x, eps, norm=norm, active=active, **box))
+
+    def apgd_step_(
+        self,
+        x_adv,
+        x_prev,
+        x,
+        grad,
+        step_size,
+        eps,
+        *,
+        momentum=0.75,
+        norm="linf",
+        keep=None,
+        active=None,
+        **box,
+    ):
+        if isinstance(keep, int):
+            keep = torch.full((len(x),), keep)
+        tensors = {"x_adv": x_adv, "x_prev": x_prev, "x": x, "grad": grad, "keep": keep, "active": active}
+        got = self._call(f"apgd_step_{norm}", tensors, step_size, eps, momentum=momentum, **box)
+        x_prev.copy_(got["x_prev"])
+        return x_adv.copy_(got["x_adv"])
+
+    def fast_bat_step(self, z, x, grad, step_size, eps, **box):
+        free = torch.empty_like(z, dtype=torch.bool)
+        tensors = {"z": z, "x": x, "grad": grad, "out": torch.empty_like(z), "free": free}
+        got = self._call("fast_bat_step", tensors, step_size, eps, **box)
+        return got["out"], got["free"]
+
+    def random_start(self, x, eps, *, norm="linf", generator=None, **box):
+        # The 64 bits that the op draws of a CPU generator.
+        seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator))
+        tensors = {"x": x, "out": torch.empty_like(x)}
+        return self._call(f"random_start_{norm}", tensors, 0.0, eps, seed=seed % 2**64, **box)["out"]
+
+    def _call(
+        self, op, tensors, step_size, eps, *, momentum=1.0, clip_min=0.0, clip_max=1.0, seed=0
+    ) -> dict[str, Tensor]:
+        images = tensors["x"]
+        sizes = {"step_size": step_size, "eps": eps}
+        if any(isinstance(value, Tensor) for value in sizes.values()):
+            tensors |= {name: self._per_sample(value, images) for name, value in sizes.items()}
+            step_size = eps = float("nan")
+        given = {name: t for name, t in tensors.items() if t is not None}
+        if images.numel() == 0:
+            return given
+        rows = {name: _dense(t) for name, t in given.items()}
+        message = struct.pack("iI", self.schedule, next(self._seeds))
+        grad = tensors.get("grad", images)
+        message += _text(op) + _text(_name(images.dtype)) + _text(_name(grad.dtype))
+        numbers = (step_size, eps, momentum, clip_min, clip_max, seed)
+        message += struct.pack("qqdddddQ", len(images), images[0].numel(), *numbers)
+        message += struct.pack("I", len(rows))
+        for name, t in rows.items():
+            span = _span(t)
+            stride = t.stride(0) if len(t) > 1 else 0
+            message += _text(name) + struct.pack("QqQ", t.data_ptr() % 16, stride, len(span)) + span
+        reply = self._exchange(message, sum(len(_span(t)) for t in rows.values()))
+        results = {}
+        for name, t in rows.items():
+            size = len(_span(t))
+            memory = torch.frombuffer(bytearray(reply[:size]), dtype=t.dtype)
+            results[name] = memory.as_strided(t.shape, t.stride()).clone()
+            reply = reply[size:]
+        return results
+
+    @staticmethod
+    def _per_sample(value, images: Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64).expand(len(images)).contiguous()
+
+    def _exchange(self, message: bytes, reply_size: int) -> bytes:
+        if self._process is None:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen([self.program()], stdin=pipe, stdout=pipe, stderr=pipe)
+        process = self._process
+        try:
+            process.stdin.write(message)
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        reply = process.stdout.read(reply_size)
+        if len(reply) != reply_size:
+            told = process.stderr.read().decode()
+            self.close()
+            raise AssertionError(told)
+        return reply
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t, or a copy where a sample's elements do not lie in the order of a contiguous one without gaps."""
+    return t if t[0].is_contiguous() else t.contiguous()
+
+
+def _span(t: Tensor) -> bytes:
+    """The memory from t's first element to its last."""
+    length = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    flat = t.as_strided((length,), (1,))
+    return flat.contiguous().view(torch.uint8).numpy().tobytes()
