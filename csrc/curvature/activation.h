@@ -2,10 +2,8 @@
 // for φ′ and φ″ from what the forward pass has saved, x or y.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "support/exp.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -46,10 +44,17 @@ struct Silu {
   }
 };
 
+// Beyond this a GELU is 0 or x to the last digit, and its formulas' powers of x must not overflow.
+template <class V>
+BLOKERN_INLINE V gelu_range(V x) {
+  return clamp(x, V(-40), V(40));
+}
+
 // x Φ(x), Φ the normal distribution.
 struct Gelu {
   template <class V>
-  BLOKERN_INLINE Slopes<V> operator()(V x) const {
+  BLOKERN_INLINE Slopes<V> operator()(V input) const {
+    const V x = gelu_range(input);
     const V bell = exponential(-(V(0.5) * x * x));
     const V tail = normal_tail(absolute(x), bell);
     const V density = V(0.3989422804014327) * bell;
@@ -61,7 +66,8 @@ struct Gelu {
 // x (1 + tanh u) / 2, u = √(2/π) (x + 0.044715 x³).
 struct GeluTanh {
   template <class V>
-  BLOKERN_INLINE Slopes<V> operator()(V x) const {
+  BLOKERN_INLINE Slopes<V> operator()(V input) const {
+    const V x = gelu_range(input);
     constexpr double c = 0.7978845608028654, k = 0.044715;
     const V square = x * x;
     const V t = V(1) - V(2) / (V(1) + exponential(V(2 * c) * x * (V(1) + V(k) * square)));

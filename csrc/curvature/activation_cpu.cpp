@@ -1,6 +1,7 @@
 #include "curvature/activation.h"
 
 #include "support/dtypes.h"
+#include "support/exp.h"
 #include "support/vec.h"
 
 namespace blokern {

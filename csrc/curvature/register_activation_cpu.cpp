@@ -6,21 +6,17 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "curvature/activation.h"
+#include "curvature/torch_cpu.h"
 #include "support/dispatch.h"
 
 namespace blokern {
 namespace {
 
-using at::Tensor;
-
-constexpr int64_t kGrain =
-    4096;  // elements, at some twenty operations each, that are worth a thread's wake-up
+constexpr int64_t kOperations = 4;  // times as many an element as other kernels of this family have
 
 // t, or a stack of such, with every element where `like` has its own.
 Tensor arranged(const Tensor& t, const Tensor& like) {
@@ -30,26 +26,12 @@ Tensor arranged(const Tensor& t, const Tensor& like) {
   return at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
-// Whether t is a stack of tensors like `like`.
-bool check_stack(const Tensor& t, const char* name, const Tensor& like) {
-  const bool stacked = t.dim() == like.dim() + 1;
-  TORCH_CHECK_VALUE(t.sizes().slice(stacked ? 1 : 0) == like.sizes(), name, " must have the shape of saved, ",
-                    like.sizes(), ", or be a stack of such, got ", t.sizes());
-  checks::same_device(t, name, like, "saved");
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of saved, ",
-                   like.scalar_type(), ", got ", t.scalar_type());
-  return stacked;
-}
-
 template <class Phi>
 std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& grad_dot, const Tensor& saved,
                                const Tensor& x_dot, bool adjoint, Phi phi) {
   checks::floating(saved, "saved");
   checks::same_images(grad, "grad", saved, "saved");
-  const bool stacked = check_stack(x_dot, "x_dot", saved);
-  check_stack(grad_dot, "grad_dot", saved);
-  TORCH_CHECK_VALUE(grad_dot.sizes() == x_dot.sizes(), "grad_dot must have the shape of x_dot, ",
-                    x_dot.sizes(), ", got ", grad_dot.sizes());
+  const Stack stack = check_tangents(grad_dot, x_dot, saved, "saved");
   // Dense, in the order of saved's dimensions.
   const Tensor at = arranged(saved, at::empty_like(saved));
   const Tensor g = arranged(grad, at), g_dot = arranged(grad_dot, at), v = arranged(x_dot, at);
@@ -58,14 +40,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& grad, const Tensor& grad_dot, const
   Tensor x_bar_dot = at::empty_strided(v.sizes(), v.strides(), v.options());
   const int64_t size = at.numel();
   dispatch_image(at.scalar_type(), [&]<class T>() {
-    for (int64_t k = 0; k < (stacked ? v.size(0) : 1); ++k) {
+    for (int64_t k = 0; k < stack.value_or(1); ++k) {
       const Activation<T> p{at.const_data_ptr<T>(),
                             v.const_data_ptr<T>() + k * size,
                             g.const_data_ptr<T>(),
                             g_dot.const_data_ptr<T>() + k * size,
                             adjoint && k == 0 ? x_bar.mutable_data_ptr<T>() : nullptr,
                             x_bar_dot.mutable_data_ptr<T>() + k * size};
-      at::parallel_for(0, size, kGrain,
+      at::parallel_for(0, size, kGrain / kOperations,
                        [&](int64_t b, int64_t e) { activation_adjoint_tangent(p, phi, b, e); });
     }
   });

@@ -1,4 +1,4 @@
-// e^x, and the normal distribution's tail, as formulas: for a scalar, and for the lanes of a vector.
+// The words exponential and normal_tail of support/math.h, for SIMD registers.
 #pragma once
 
 #include <cmath>
@@ -8,11 +8,6 @@
 #include "support/vec.h"
 
 namespace blokern {
-
-template <class A>
-BLOKERN_INLINE EnableScalar<A> exponential(A x) {
-  return std::exp(x);
-}
 
 // One element at a time: double is for checking.
 BLOKERN_INLINE Vector<double>::type exponential_vector(Vector<double>::type x) {
@@ -48,12 +43,6 @@ template <class A>
 BLOKERN_INLINE Lanes<A> exponential(Lanes<A> x) {
   for (auto& part : x.v) part = exponential_vector(part);
   return x;
-}
-
-// Q(z) = ½ erfc(z / √2) for z ≥ 0, given e^(−z² / 2).
-template <class A>
-BLOKERN_INLINE EnableScalar<A> normal_tail(A z, A /*bell*/) {
-  return A(0.5) * std::erfc(z * A(0.7071067811865476));
 }
 
 BLOKERN_INLINE Lanes<double> normal_tail(Lanes<double> z, const Lanes<double>& /*bell*/) {
