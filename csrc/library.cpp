@@ -74,8 +74,20 @@ constexpr const char* kSteps[] = {
 // Batch normalisation's derivatives; statistics and γ are [C]. Tangents, or the adjoint alone, may be stacks
 // of vectors, and results then are; gate: the output of a ReLU that follows; weight_bar and bias_bar are
 // float64.
+#define ACTIVATION "Tensor grad, Tensor grad_dot, Tensor saved, Tensor x_dot, bool adjoint"
 #define STATISTICS "Tensor mean, Tensor rstd, Tensor? weight"
 constexpr const char* kCurvature[] = {
+    // saved: the activation's input, or for tanh and sigmoid its output.
+    "tanh_adjoint_tangent(" ACTIVATION ") -> (Tensor x_bar, Tensor x_bar_dot)",
+    "sigmoid_adjoint_tangent(" ACTIVATION ") -> (Tensor x_bar, Tensor x_bar_dot)",
+    "silu_adjoint_tangent(" ACTIVATION ") -> (Tensor x_bar, Tensor x_bar_dot)",
+    "gelu_adjoint_tangent(" ACTIVATION ") -> (Tensor x_bar, Tensor x_bar_dot)",
+    "gelu_tanh_adjoint_tangent(" ACTIVATION ") -> (Tensor x_bar, Tensor x_bar_dot)",
+    "softplus_adjoint_tangent(" ACTIVATION
+    ", float beta, float threshold) -> (Tensor x_bar, Tensor x_bar_dot)",
+    "elu_adjoint_tangent(" ACTIVATION
+    ", float alpha, float scale, float input_scale)"
+    " -> (Tensor x_bar, Tensor x_bar_dot)",
     // target: int64 labels [N], or [N, C] like logits; mean, or the sum.
     "softmax_cross_entropy_hvp(Tensor logits, Tensor tangent, Tensor target, Tensor? weight, int "
     "ignore_index,"
@@ -97,6 +109,7 @@ constexpr const char* kCurvature[] = {
     " -> (Tensor x_bar, Tensor x_bar_dot, Tensor weight_bar_dot, Tensor bias_bar_dot)",
 };
 #undef STATISTICS
+#undef ACTIVATION
 
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
   for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))

@@ -212,6 +212,10 @@ def record(
 
     parameters: those that are not constants, None for all that require a gradient.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode records nothing that could be differentiated: leave it first"
+        )
     at = x.detach().requires_grad_() if input_gradient else x
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

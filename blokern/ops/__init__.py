@@ -11,6 +11,7 @@ from blokern.ops.attack import (
 )
 from blokern.ops.convolution import masked_conv2d
 from blokern.ops.curvature import (
+    activation_adjoint_tangent,
     batch_norm_adjoint,
     batch_norm_adjoint_tangent,
     batch_norm_tangent,
@@ -29,6 +30,7 @@ __all__ = [
     "PerSample",
     "Scope",
     "SparseMask",
+    "activation_adjoint_tangent",
     "apgd_step_",
     "batch_norm_adjoint",
     "batch_norm_adjoint_tangent",

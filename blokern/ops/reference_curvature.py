@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "activation_adjoint_tangent",
     "batch_norm_adjoint",
     "batch_norm_adjoint_tangent",
     "batch_norm_tangent",
+    "layer_norm_adjoint_tangent",
+    "layer_norm_tangent",
     "softmax_cross_entropy_hvp",
 ]
+
+
+def activation_adjoint_tangent(
+    activation: str,
+    grad: Tensor,
+    grad_dot: Tensor,
+    saved: Tensor,
+    x_dot: Tensor,
+    *parameters: float,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """By forward differentiation of torch's own slope."""
+    if activation in ("tanh", "sigmoid"):
+        x = torch.atanh(saved) if activation == "tanh" else torch.logit(saved)
+    else:
+        x = saved
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "softplus": lambda x: F.softplus(x, *parameters),
+        "elu": lambda x: torch.ops.aten.elu(x, *parameters),
+    }
+    f = known[activation]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+    slope = slope.detach()
+    own = slope * grad if adjoint else saved.new_empty(0)
+    return own, slope * grad_dot + second * x_dot * grad
 
 
 def softmax_cross_entropy_hvp(
@@ -109,6 +147,65 @@ def batch_norm_adjoint_tangent(
     gamma_dot = torch.zeros_like(gamma) if weight_dot is None else weight_dot
     own, moved, *_ = torch.func.jvp(bars, (x, gamma, grad), (x_dot, gamma_dot, grad_dot))
     return own[0] if adjoint else x.new_empty(0), *moved
+
+
+def layer_norm_tangent(
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    bias_dot: Tensor | None = None,
+) -> Tensor:
+    """By forward differentiation of the normalisation, with the statistics as functions of x."""
+
+    def y(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _normal_rows(x, rstd) * _rows(weight, x) + _rows(bias, x)
+
+    zero = x.new_zeros(1, x.shape[1])
+    gamma = zero + 1.0 if weight is None else weight
+    dots = [torch.zeros_like(gamma) if t is None else t for t in (weight_dot, bias_dot)]
+    out: Tensor = torch.func.jvp(y, (x, gamma, torch.zeros_like(gamma)), (x_dot, *dots))[1]
+    return out
+
+
+def layer_norm_adjoint_tangent(
+    grad: Tensor,
+    grad_dot: Tensor,
+    x: Tensor,
+    x_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    weight_dot: Tensor | None = None,
+    *,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By forward differentiation of torch's gradients."""
+    gamma = x.new_ones(1, x.shape[1]) if weight is None else weight
+    gamma_dot = torch.zeros_like(gamma) if weight_dot is None else weight_dot
+
+    def bars(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def y(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return _normal_rows(x, rstd) * _rows(weight, x) + _rows(bias, x)
+
+        found: tuple[Tensor, Tensor, Tensor] = torch.func.vjp(y, x, weight, torch.zeros_like(weight))[1](grad)
+        return found
+
+    own, moved, *_ = torch.func.jvp(bars, (x, gamma, grad), (x_dot, gamma_dot, grad_dot))
+    return own[0] if adjoint else x.new_empty(0), *moved
+
+
+def _rows(weight: Tensor, x: Tensor) -> Tensor:
+    """Of each row of x, its own of the kinds of weights."""
+    return weight.repeat(len(x) // len(weight), 1)
+
+
+def _normal_rows(x: Tensor, rstd: Tensor) -> Tensor:
+    """x̂; eps is what the given rstd says it is."""
+    eps = rstd[:, None] ** -2 - x.detach().var(1, correction=0, keepdim=True)
+    return (x - x.mean(1, keepdim=True)) * (x.var(1, correction=0, keepdim=True) + eps) ** -0.5
 
 
 def _but_channels(x: Tensor) -> list[int]:

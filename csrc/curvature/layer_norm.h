@@ -11,7 +11,7 @@ namespace blokern {
 
 // Rows of `size` dense elements; row m has the weights of row m mod `kinds`. Weights' pointers are null where
 // there are none: γ is then 1, and tangents are 0.
-template <class T, class A>
+template <class T>
 struct NormRows {
   int64_t rows;
   int64_t size;
@@ -19,14 +19,14 @@ struct NormRows {
   const T* x;
   const double* mean;  // [rows]
   const double* rstd;
-  const A* weight;  // [kinds, size], as the others
-  const A* weight_dot;
-  const A* bias_dot;
+  const Accum<T>* weight;  // [kinds, size], as the others
+  const Accum<T>* weight_dot;
+  const Accum<T>* bias_dot;
 };
 
-template <class T, class A>
+template <class T>
 struct LayerNormTangent {
-  NormRows<T, A> at;
+  NormRows<T> at;
   const T* x_dot;
   T* y_dot;
 };
@@ -35,22 +35,22 @@ struct LayerNormTangent {
 // weights' adjoints, [kinds, size], so that they do not depend on threads.
 constexpr int64_t kNormBlock = 128;
 
-template <class T, class A>
+template <class T>
 struct LayerNormAdjointTangent {
-  NormRows<T, A> at;
+  NormRows<T> at;
   const T* x_dot;
   const T* grad;
   const T* grad_dot;
   T* x_bar;
   T* x_bar_dot;
-  A* weight_bar_dot;  // [blocks, kinds, size], zero at first
-  A* bias_bar_dot;
+  Accum<T>* weight_bar_dot;  // [blocks, kinds, size], zero at first
+  Accum<T>* bias_bar_dot;
 };
 
 // CPU kernels; [begin, end) counts rows, or blocks of rows.
-template <class T, class A>
-void layer_norm_tangent(const LayerNormTangent<T, A>& p, int64_t begin, int64_t end);
-template <class T, class A>
-void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T, A>& p, int64_t begin, int64_t end);
+template <class T>
+void layer_norm_tangent(const LayerNormTangent<T>& p, int64_t begin, int64_t end);
+template <class T>
+void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T>& p, int64_t begin, int64_t end);
 
 }  // namespace blokern

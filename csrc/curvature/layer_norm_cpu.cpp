@@ -39,9 +39,10 @@ TangentMeans tangent_means(const T* x, const T* x_dot, double mean, int64_t size
   return {level / static_cast<double>(size), along / static_cast<double>(size)};
 }
 
-template <class T, class A>
-void tangent_row(const LayerNormTangent<T, A>& p, int64_t row) {
-  const NormRows<T, A>& at = p.at;
+template <class T>
+void tangent_row(const LayerNormTangent<T>& p, int64_t row) {
+  using A = Accum<T>;
+  const NormRows<T>& at = p.at;
   const int64_t start = row * at.size, kind = row % at.kinds * at.size;
   const T *const x = at.x + start, *const x_dot = p.x_dot + start;
   T* const y_dot = p.y_dot + start;
@@ -59,9 +60,10 @@ void tangent_row(const LayerNormTangent<T, A>& p, int64_t row) {
   });
 }
 
-template <bool kBoth, class T, class A>
-void adjoint_tangent_row(const LayerNormAdjointTangent<T, A>& p, int64_t row) {
-  const NormRows<T, A>& at = p.at;
+template <bool kBoth, class T>
+void adjoint_tangent_row(const LayerNormAdjointTangent<T>& p, int64_t row) {
+  using A = Accum<T>;
+  const NormRows<T>& at = p.at;
   const int64_t start = row * at.size, kind = row % at.kinds * at.size;
   const int64_t block = row / kNormBlock * at.kinds * at.size;
   const T *const x = at.x + start, *const x_dot = p.x_dot + start;
@@ -111,21 +113,20 @@ void adjoint_tangent_row(const LayerNormAdjointTangent<T, A>& p, int64_t row) {
 
 }  // namespace
 
-template <class T, class A>
-void layer_norm_tangent(const LayerNormTangent<T, A>& p, int64_t begin, int64_t end) {
+template <class T>
+void layer_norm_tangent(const LayerNormTangent<T>& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) tangent_row(p, row);
 }
 
-template <class T, class A>
-void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T, A>& p, int64_t begin, int64_t end) {
+template <class T>
+void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T>& p, int64_t begin, int64_t end) {
   for (int64_t row = begin * kNormBlock; row < std::min(end * kNormBlock, p.at.rows); ++row)
     p.x_bar != nullptr ? adjoint_tangent_row<true>(p, row) : adjoint_tangent_row<false>(p, row);
 }
 
-#define INSTANTIATE(T)                                                                                   \
-  template void layer_norm_tangent<T, Accum<T>>(const LayerNormTangent<T, Accum<T>>&, int64_t, int64_t); \
-  template void layer_norm_adjoint_tangent<T, Accum<T>>(const LayerNormAdjointTangent<T, Accum<T>>&,     \
-                                                        int64_t, int64_t);
+#define INSTANTIATE(T)                                                               \
+  template void layer_norm_tangent<T>(const LayerNormTangent<T>&, int64_t, int64_t); \
+  template void layer_norm_adjoint_tangent<T>(const LayerNormAdjointTangent<T>&, int64_t, int64_t);
 BLOKERN_FOR_IMAGE(INSTANTIATE)
 #undef INSTANTIATE
 

@@ -5,22 +5,15 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "curvature/batch_norm.h"
+#include "curvature/torch_cpu.h"
 #include "support/dispatch.h"
 
 namespace blokern {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
 
 // How all tensors of a call lie: as x does if that is dense with pixels or channels innermost, else
 // contiguous.
@@ -39,7 +32,7 @@ class Layout {
     return t.movedim(t.dim() - dims + 1, -1).contiguous().movedim(-1, t.dim() - dims + 1);
   }
 
-  Tensor empty(const Tensor& like, int64_t dims, std::optional<int64_t> stack) const {
+  Tensor empty(const Tensor& like, int64_t dims, Stack stack) const {
     std::vector<int64_t> sizes;
     if (stack.has_value()) sizes.push_back(*stack);
     sizes.insert(sizes.end(), like.sizes().begin(), like.sizes().end());
@@ -54,8 +47,8 @@ class Layout {
   template <class Kernel>
   void run(int64_t group, Kernel&& kernel) const {
     const int64_t width = shape.channels_inner ? group : 1;
-    const int64_t work = std::max<int64_t>(1, shape.samples * shape.pixels * width);
-    at::parallel_for(0, (shape.channels + width - 1) / width, std::max<int64_t>(1, kGrain / work), kernel);
+    at::parallel_for(0, (shape.channels + width - 1) / width, grain(shape.samples * shape.pixels * width),
+                     kernel);
   }
 
   Channels shape;
@@ -69,7 +62,7 @@ class Layout {
 class Values {
  public:
   Values(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-         const OptionalTensor& weight_dot, const OptionalTensor& bias_dot, std::optional<int64_t> stack)
+         const OptionalTensor& weight_dot, const OptionalTensor& bias_dot, Stack stack)
       : mean_(channels(mean, "mean", x, {})),
         rstd_(channels(rstd, "rstd", x, {})),
         weight_(channels(weight, "weight", x, {})),
@@ -83,8 +76,7 @@ class Values {
   }
 
  private:
-  static Tensor channels(const OptionalTensor& t, const char* name, const Tensor& x,
-                         std::optional<int64_t> stack) {
+  static Tensor channels(const OptionalTensor& t, const char* name, const Tensor& x, Stack stack) {
     if (!t.has_value()) return {};
     checks::same_device(*t, name, x, "x");
     const bool fits = stack.has_value() ? t->dim() == 2 && t->size(0) == *stack && t->size(1) == x.size(1)
@@ -109,20 +101,6 @@ void check_x(const Tensor& x) {
 
 void check_like(const Tensor& t, const char* name, const Tensor& x) { checks::same_images(t, name, x, "x"); }
 
-// The size of the stack that t is, of tensors like x; none if it is one of them.
-std::optional<int64_t> check_stack(const Tensor& t, const char* name, const Tensor& x) {
-  if (t.dim() == x.dim()) {
-    check_like(t, name, x);
-    return {};
-  }
-  TORCH_CHECK_VALUE(t.dim() == x.dim() + 1 && t.sizes().slice(1) == x.sizes(), name,
-                    " must have the shape of x, ", x.sizes(), ", or be a stack of such, got ", t.sizes());
-  checks::same_device(t, name, x, "x");
-  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ", x.scalar_type(),
-                   ", got ", t.scalar_type());
-  return t.size(0);
-}
-
 template <class T>
 const T* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
@@ -136,7 +114,7 @@ Tensor batch_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
                               const OptionalTensor& weight, const OptionalTensor& weight_dot,
                               const OptionalTensor& bias_dot, const OptionalTensor& gate, bool train) {
   check_x(x);
-  const auto stack = check_stack(x_dot, "x_dot", x);
+  const Stack stack = check_stack(x_dot, "x_dot", x, "x");
   if (gate.has_value()) check_like(*gate, "gate", x);
   const Layout layout(x);
   const int64_t dims = x.dim(), size = x.numel();
@@ -163,8 +141,8 @@ Tensor batch_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
 // What both of the adjoints' ops are: tangents undefined for the adjoint alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor> adjoints(const Tensor& x, const Tensor& x_dot, const Tensor& grad,
                                                     const Tensor& grad_dot, const Values& values,
-                                                    const OptionalTensor& gate, bool train,
-                                                    std::optional<int64_t> stack, bool adjoint) {
+                                                    const OptionalTensor& gate, bool train, Stack stack,
+                                                    bool adjoint) {
   if (gate.has_value()) check_like(*gate, "gate", x);
   const Layout layout(x);
   const int64_t dims = x.dim(), size = x.numel(), channels = x.size(1);
@@ -209,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_adjoint_cpu(const Tensor& grad, co
                                                           const OptionalTensor& weight,
                                                           const OptionalTensor& gate, bool train) {
   check_x(x);
-  const auto stack = check_stack(grad, "grad", x);
+  const Stack stack = check_stack(grad, "grad", x, "x");
   const Values values(x, mean, rstd, weight, {}, {}, {});
   const auto [x_bar, _, weight_bar, bias_bar] = adjoints(x, {}, grad, {}, values, gate, train, stack, true);
   return {x_bar, weight_bar, bias_bar};
@@ -221,9 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_adjoint_tangent_cpu(
     const OptionalTensor& gate, bool train, bool adjoint) {
   check_x(x);
   check_like(grad, "grad", x);
-  const auto stack = check_stack(x_dot, "x_dot", x);
-  TORCH_CHECK_VALUE(check_stack(grad_dot, "grad_dot", x) == stack, "grad_dot must have the shape of x_dot, ",
-                    x_dot.sizes(), ", got ", grad_dot.sizes());
+  const Stack stack = check_tangents(grad_dot, x_dot, x, "x");
   const Values values(x, mean, rstd, weight, weight_dot, {}, stack);
   auto [x_bar, x_bar_dot, weight_bar, bias_bar] =
       adjoints(x, x_dot, grad, grad_dot, values, gate, train, stack, adjoint);

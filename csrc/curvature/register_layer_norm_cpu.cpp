@@ -6,41 +6,21 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "curvature/layer_norm.h"
+#include "curvature/torch_cpu.h"
 #include "support/dispatch.h"
 
 namespace blokern {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
-
-int64_t grain(int64_t work) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)); }
-
-// How many vectors t has, of x's shape each; none if it is a single one.
-std::optional<int64_t> check_stack(const Tensor& t, const char* name, const Tensor& x) {
-  const bool stacked = t.dim() == 3;
-  TORCH_CHECK_VALUE(t.sizes().slice(stacked ? 1 : 0) == x.sizes(), name, " must have the shape of x, ",
-                    x.sizes(), ", or be a stack of such, got ", t.sizes());
-  checks::same_device(t, name, x, "x");
-  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ", x.scalar_type(),
-                   ", got ", t.scalar_type());
-  return stacked ? std::optional(t.size(0)) : std::nullopt;
-}
-
 // The operands of a call as the kernels take them, checked.
 class Operands {
  public:
   Operands(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-           const OptionalTensor& weight_dot, const OptionalTensor& bias_dot, std::optional<int64_t> stack)
+           const OptionalTensor& weight_dot, const OptionalTensor& bias_dot, Stack stack)
       : x_(x.contiguous()),
         stacked_(stack.has_value()),
         kinds_(kinds_of(weight, weight_dot, bias_dot, stacked_)),
@@ -51,20 +31,20 @@ class Operands {
         bias_dot_(weights(bias_dot, "bias_dot", stack)) {}
 
   template <class T>
-  auto of(int64_t vector) const {
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  NormRows<T> of(int64_t vector) const {
+    using A = Accum<T>;
     const auto data = [&](const Tensor& t, int64_t k) {
       return t.defined() ? t.const_data_ptr<A>() + k * kinds_ * x_.size(1) : nullptr;
     };
-    return NormRows<T, A>{x_.size(0),
-                          x_.size(1),
-                          kinds_,
-                          x_.const_data_ptr<T>(),
-                          mean_.const_data_ptr<double>(),
-                          rstd_.const_data_ptr<double>(),
-                          data(weight_, 0),
-                          data(weight_dot_, vector),
-                          data(bias_dot_, vector)};
+    return {x_.size(0),
+            x_.size(1),
+            kinds_,
+            x_.const_data_ptr<T>(),
+            mean_.const_data_ptr<double>(),
+            rstd_.const_data_ptr<double>(),
+            data(weight_, 0),
+            data(weight_dot_, vector),
+            data(bias_dot_, vector)};
   }
   int64_t kinds() const { return kinds_; }
 
@@ -84,7 +64,7 @@ class Operands {
     return t.to(at::kDouble).contiguous();
   }
 
-  Tensor weights(const OptionalTensor& t, const char* name, std::optional<int64_t> stack) const {
+  Tensor weights(const OptionalTensor& t, const char* name, Stack stack) const {
     if (!t.has_value()) return {};
     checks::same_device(*t, name, x_, "x");
     std::vector<int64_t> shape{kinds_, x_.size(1)};
@@ -109,7 +89,7 @@ Tensor layer_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
                               const OptionalTensor& weight, const OptionalTensor& weight_dot,
                               const OptionalTensor& bias_dot) {
   check_x(x);
-  const auto stack = check_stack(x_dot, "x_dot", x);
+  const Stack stack = check_stack(x_dot, "x_dot", x, "x");
   const Operands operands(x, mean, rstd, weight, weight_dot, bias_dot, stack);
   const Tensor at_x_dot = x_dot.contiguous();
   Tensor y_dot = at::empty(x_dot.sizes(), x.options());
@@ -117,8 +97,8 @@ Tensor layer_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
     for (int64_t k = 0; k < stack.value_or(1); ++k) {
       const auto at = operands.of<T>(k);
       const int64_t offset = k * x.numel();
-      const LayerNormTangent<T, std::remove_cvref_t<decltype(*at.weight)>> p{
-          at, at_x_dot.const_data_ptr<T>() + offset, y_dot.mutable_data_ptr<T>() + offset};
+      const LayerNormTangent<T> p{at, at_x_dot.const_data_ptr<T>() + offset,
+                                  y_dot.mutable_data_ptr<T>() + offset};
       at::parallel_for(0, at.rows, grain(at.size),
                        [&](int64_t b, int64_t e) { layer_norm_tangent(p, b, e); });
     }
@@ -131,9 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& weight_dot, bool adjoint) {
   check_x(x);
   checks::same_images(grad, "grad", x, "x");
-  const auto stack = check_stack(x_dot, "x_dot", x);
-  TORCH_CHECK_VALUE(check_stack(grad_dot, "grad_dot", x) == stack, "grad_dot must have the shape of x_dot, ",
-                    x_dot.sizes(), ", got ", grad_dot.sizes());
+  const Stack stack = check_tangents(grad_dot, x_dot, x, "x");
   const Operands operands(x, mean, rstd, weight, weight_dot, {}, stack);
   const Tensor at_grad = grad.contiguous(), at_grad_dot = grad_dot.contiguous(),
                at_x_dot = x_dot.contiguous();
@@ -146,16 +124,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
   dispatch_image(x.scalar_type(), [&]<class T>() {
     for (int64_t k = 0; k < vectors; ++k) {
       const auto at = operands.of<T>(k);
-      using A = std::remove_cvref_t<decltype(*at.weight)>;
+      using A = Accum<T>;
       const int64_t offset = k * x.numel(), block = k * weight_bars.stride(0);
-      const LayerNormAdjointTangent<T, A> p{at,
-                                            at_x_dot.const_data_ptr<T>() + offset,
-                                            at_grad.const_data_ptr<T>(),
-                                            at_grad_dot.const_data_ptr<T>() + offset,
-                                            adjoint && k == 0 ? x_bar.mutable_data_ptr<T>() : nullptr,
-                                            x_bar_dot.mutable_data_ptr<T>() + offset,
-                                            weight_bars.mutable_data_ptr<A>() + block,
-                                            bias_bars.mutable_data_ptr<A>() + block};
+      const LayerNormAdjointTangent<T> p{at,
+                                         at_x_dot.const_data_ptr<T>() + offset,
+                                         at_grad.const_data_ptr<T>(),
+                                         at_grad_dot.const_data_ptr<T>() + offset,
+                                         adjoint && k == 0 ? x_bar.mutable_data_ptr<T>() : nullptr,
+                                         x_bar_dot.mutable_data_ptr<T>() + offset,
+                                         weight_bars.mutable_data_ptr<A>() + block,
+                                         bias_bars.mutable_data_ptr<A>() + block};
       at::parallel_for(0, blocks, grain(kNormBlock * at.size),
                        [&](int64_t b, int64_t e) { layer_norm_adjoint_tangent(p, b, e); });
     }

@@ -5,24 +5,17 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "curvature/softmax_cross_entropy_hvp.h"
+#include "curvature/torch_cpu.h"
 #include "support/dispatch.h"
 
 namespace blokern {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
 
 // Σ w_y over the labels that count; checks them all.
 double label_weights(const Tensor& labels, int64_t classes, const Tensor& weight, int64_t ignore_index) {
@@ -77,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp_cpu(const Tensor& l
   Tensor grad = at::empty_like(z), hvp = at::empty_like(z);
   std::vector<double> loss(rows);
   dispatch_image(z.scalar_type(), [&]<class T>() {
-    using A = typename SoftmaxCrossEntropyHvp<T>::A;
+    using A = Accum<T>;
     const Tensor w = wide_weight.defined() ? wide_weight.to(c10::CppTypeToScalarType<A>::value) : Tensor();
     const SoftmaxCrossEntropyHvp<T> p{classes,
                                       z.const_data_ptr<T>(),
@@ -91,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp_cpu(const Tensor& l
                                       grad.mutable_data_ptr<T>(),
                                       hvp.mutable_data_ptr<T>(),
                                       loss.data()};
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, classes)),
+    at::parallel_for(0, rows, grain(classes),
                      [&](int64_t b, int64_t e) { softmax_cross_entropy_hvp(p, b, e); });
   });
   double total = std::accumulate(loss.begin(), loss.end(), 0.0);

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "support/math.h"
 
@@ -16,14 +15,13 @@ namespace blokern {
 
 template <class T>
 struct SoftmaxCrossEntropyHvp {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   int64_t classes;
   const T* logits;  // [rows, classes], as all that follow
   const T* tangent;
-  const T* target;        // soft targets, or null:
-  const int64_t* labels;  // [rows]
-  const A* weight;        // [classes], or null: 1
-  int64_t ignore_index;   // rows of this label are all zero
+  const T* target;         // soft targets, or null:
+  const int64_t* labels;   // [rows]
+  const Accum<T>* weight;  // [classes], or null: 1
+  int64_t ignore_index;    // rows of this label are all zero
   double label_smoothing;
   double scale;  // of every result
   T* grad;

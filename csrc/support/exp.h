@@ -1,4 +1,4 @@
-// e^x as a formula: for a scalar, and for the lanes of a vector.
+// The words exponential and normal_tail of support/math.h, for SIMD registers.
 #pragma once
 
 #include <cmath>
@@ -8,11 +8,6 @@
 #include "support/vec.h"
 
 namespace blokern {
-
-template <class A>
-BLOKERN_INLINE EnableScalar<A> exponential(A x) {
-  return std::exp(x);
-}
 
 // One element at a time: double is for checking.
 BLOKERN_INLINE Vector<double>::type exponential_vector(Vector<double>::type x) {
@@ -48,6 +43,24 @@ template <class A>
 BLOKERN_INLINE Lanes<A> exponential(Lanes<A> x) {
   for (auto& part : x.v) part = exponential_vector(part);
   return x;
+}
+
+BLOKERN_INLINE Lanes<double> normal_tail(Lanes<double> z, const Lanes<double>& /*bell*/) {
+  for (auto& part : z.v) {
+    for (int i = 0; i < Vector<double>::size; ++i) part[i] = 0.5 * std::erfc(part[i] * 0.7071067811865476);
+  }
+  return z;
+}
+
+// Within 1e-7 (Abramowitz and Stegun, 7.1.26).
+BLOKERN_INLINE Lanes<float> normal_tail(const Lanes<float>& z, const Lanes<float>& bell) {
+  using V = Lanes<float>;
+  const V t = V(1.0f) / (V(1.0f) + V(0.23164189f) * z);  // 0.3275911 / √2
+  V p = V(1.061405429f) * t + V(-1.453152027f);
+  p = p * t + V(1.421413741f);
+  p = p * t + V(-0.284496736f);
+  p = p * t + V(0.254829592f);
+  return V(0.5f) * p * t * bell;
 }
 
 }  // namespace blokern

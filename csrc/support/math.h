@@ -77,4 +77,16 @@ BLOKERN_INLINE CosSin<A> cos_sin_of_turn(A turns) {
   return of;
 }
 
+template <class A>
+BLOKERN_INLINE EnableScalar<A> exponential(A v) {
+  return std::exp(v);
+}
+
+// Half of erfc(v / √2), the normal distribution's tail beyond v ≥ 0; bell = e^(−v² / 2), for those that can
+// use it.
+template <class A>
+BLOKERN_INLINE EnableScalar<A> normal_tail(A v, A /*bell*/) {
+  return A(0.5) * std::erfc(v * A(0.7071067811865476));
+}
+
 }  // namespace blokern

@@ -62,6 +62,10 @@ struct Lanes {
     for (int k = 0; k < kParts; ++k) p.v[k] *= q.v[k];
     return p;
   }
+  friend BLOKERN_INLINE Lanes operator/(Lanes p, const Lanes& q) {
+    for (int k = 0; k < kParts; ++k) p.v[k] /= q.v[k];
+    return p;
+  }
   friend BLOKERN_INLINE Lanes operator-(Lanes p) {
     for (V& part : p.v) part = -part;
     return p;

@@ -134,6 +134,12 @@ def test_one_sample_has_no_batch_statistics() -> None:
         linearize(model, F.cross_entropy, x, torch.tensor([0]))
 
 
+def test_inference_mode_is_refused(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = problem
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        linearize(model, F.cross_entropy, x, y)
+
+
 def test_a_freed_graph_says_so(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = problem
     v = oracles.random_vector(model)

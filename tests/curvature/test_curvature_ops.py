@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from instruction_sets import check_everywhere
+from threads import check_threads
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -179,6 +180,142 @@ def test_without_weights() -> None:
         close(call(ops, op, bare), call(reference, op, bare), torch.float64)
 
 
+# ---- Layer and group normalisation
+
+
+def layer_norm_case(
+    rows: int, size: int, kinds: int, dtype: torch.dtype, stack: int | None = None
+) -> dict[str, Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    lead = () if stack is None else (stack,)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    x = draw(rows, size) * 2.0 + 1.0
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "x": x,
+        "x_dot": draw(*lead, rows, size),
+        "mean": x.double().mean(1).to(statistics),
+        "rstd": (x.double().var(1, correction=0) + 1e-3).rsqrt().to(statistics),
+        "weight": draw(kinds, size),
+        "weight_dot": draw(*lead, kinds, size),
+        "bias_dot": draw(*lead, kinds, size),
+        "grad": draw(rows, size),
+        "grad_dot": draw(*lead, rows, size),
+    }
+
+
+ROW_ARGUMENTS = {
+    "layer_norm_tangent": ("x", "x_dot", "mean", "rstd", "weight", "weight_dot", "bias_dot"),
+    "layer_norm_adjoint_tangent": ("grad", "grad_dot", "x", "x_dot", "mean", "rstd", "weight", "weight_dot"),
+}
+
+
+def row_call(module: Any, op: str, case: dict[str, Any], **how: Any) -> Results:
+    result = getattr(module, op)(*(case.get(name) for name in ROW_ARGUMENTS[op]), **how)
+    return (result,) if isinstance(result, Tensor) else result
+
+
+@pytest.mark.parametrize("op", ROW_ARGUMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_over_shapes(op: str, dtype: torch.dtype) -> None:
+    for rows, size, kinds in ((2, 5, 1), (6, 32, 1), (6, 33, 3), (300, 7, 2), (1, 9, 1)):
+        case = layer_norm_case(rows, size, kinds, dtype)
+        how = {"adjoint": rows % 2 == 0} if "adjoint" in op else {}
+        close(row_call(ops, op, case, **how), row_call(reference, op, double(case), **how), dtype)
+        moved = {name: torch.stack([t, t], -1)[..., 0] for name, t in case.items()}
+        same = zip(row_call(ops, op, moved, **how), row_call(ops, op, case, **how), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.filterwarnings("ignore:var")
+def test_layer_norm_of_nothing() -> None:
+    case = layer_norm_case(0, 4, 1, torch.float32)
+    assert row_call(ops, "layer_norm_tangent", case)[0].shape == (0, 4)
+    bars = row_call(ops, "layer_norm_adjoint_tangent", case)
+    assert torch.equal(bars[2], torch.zeros(1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("op", ROW_ARGUMENTS)
+def test_layer_norm_of_a_stack_is_that_of_each(op: str) -> None:
+    case = layer_norm_case(140, 9, 2, torch.float32, stack=3)
+    each = [
+        row_call(ops, op, case | {k: case[k][i] for k in ("x_dot", "weight_dot", "bias_dot", "grad_dot")})
+        for i in range(3)
+    ]
+    for result, *parts in zip(row_call(ops, op, case), *each, strict=True):
+        if result.numel() > 0:
+            assert torch.equal(result, torch.stack(parts))
+
+
+@pytest.mark.parametrize("op", ROW_ARGUMENTS)
+def test_layer_norm_without_weights(op: str) -> None:
+    case = layer_norm_case(6, 9, 1, torch.float64)
+    bare = {name: t for name, t in case.items() if not name.startswith(("weight", "bias"))}
+    close(row_call(ops, op, bare), row_call(reference, op, bare), torch.float64)
+
+
+# ---- Activations
+
+PARAMETERS = {"softplus": (2.0, 3.0), "elu": (0.7, 1.3, 0.9)}
+
+
+def activation_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """grad, grad_dot, saved, x_dot"""
+    gen = torch.Generator().manual_seed(0)
+    grad, grad_dot, x, x_dot = (torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(4))
+    x = 3.0 * x
+    saved = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}.get(name, torch.clone)(x)
+    return tuple(t.to(dtype) for t in (grad, grad_dot, saved, x_dot))
+
+
+@pytest.mark.parametrize("name", ops.curvature.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    parameters = PARAMETERS.get(name, ())
+    for shape in ((0,), (1,), (7, 13), (2, 3, 4, 5), (70,)):
+        case = activation_case(name, shape, dtype)
+        if dtype in (torch.bfloat16, torch.float16) and name in ("tanh", "sigmoid"):  # ±1 has no x
+            case = (*case[:2], case[2].clamp(1e-3 - (name == "tanh"), 1.0 - 2.0**-7), case[3])
+        exact = tuple(t.double() for t in case)
+        for adjoint in (False, True):
+            results = ops.activation_adjoint_tangent(name, *case, *parameters, adjoint=adjoint)
+            expected = reference.activation_adjoint_tangent(name, *exact, *parameters, adjoint=adjoint)
+            close(results, expected, dtype)
+    case = activation_case(name, (2, 3, 4, 5), dtype)
+    results = ops.activation_adjoint_tangent(name, *case, *parameters, adjoint=True)
+    last = tuple(t.to(memory_format=torch.channels_last) for t in case)
+    moved = ops.activation_adjoint_tangent(name, *last, *parameters, adjoint=True)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in moved)
+    mixed = ops.activation_adjoint_tangent(name, *last[:2], *case[2:], *parameters, adjoint=True)
+    sliced = tuple(torch.stack([t, t], -1)[..., 1] for t in case)
+    apart = ops.activation_adjoint_tangent(name, *sliced, *parameters, adjoint=True)
+    for other in (moved, mixed, apart):
+        assert all(torch.equal(a, b) for a, b in zip(results, other, strict=True))
+    grad, grad_dot, saved, x_dot = case
+    stack = torch.stack([grad_dot, -grad_dot]), torch.stack([x_dot, 2.0 * x_dot])
+    own, several = ops.activation_adjoint_tangent(
+        name, grad, stack[0], saved, stack[1], *parameters, adjoint=True
+    )
+    assert torch.equal(own, results[0])
+    assert torch.equal(several[0], results[1])
+    one = ops.activation_adjoint_tangent(name, grad, stack[0][1], saved, stack[1][1], *parameters)[1]
+    assert torch.equal(several[1], one)
+
+
+@pytest.mark.parametrize("name", ops.curvature.ACTIVATIONS)
+def test_activations_of_extreme_values(name: str) -> None:
+    x = torch.tensor([-1e30, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e30, torch.nan])
+    saved = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}.get(name, torch.clone)(x)
+    one = torch.ones_like(x)
+    parameters = PARAMETERS.get(name, ())
+    own, moved = ops.activation_adjoint_tangent(name, one, one, saved, one, *parameters, adjoint=True)
+    assert own.isnan().tolist() == [False] * 8 + [True]
+    assert moved.isnan().tolist() == [False] * 8 + [True]
+
+
 # ---- Softmax cross-entropy
 
 
@@ -276,8 +413,22 @@ def overloads() -> dict[str, tuple[Any, ...]]:
     stacked = batch_norm_case((3, 4, 5, 2), torch.float32, stack=2)
     (logits, tangent, target), _ = cross_entropy_case(4, 5, torch.float32)
     statistics = (case["mean"], case["rstd"], case["weight"])
+    rows = layer_norm_case(6, 5, 2, torch.float32)
     return {
         "softmax_cross_entropy_hvp": (logits, tangent, target, torch.rand(5), -100, True, 0.1),
+        **{
+            f"{name}_adjoint_tangent": (
+                *activation_case(name, (4, 5), torch.float32),
+                True,
+                *PARAMETERS.get(name, ()),
+            )
+            for name in ops.curvature.ACTIVATIONS
+        },
+        "layer_norm_tangent": tuple(rows[name] for name in ROW_ARGUMENTS["layer_norm_tangent"]),
+        "layer_norm_adjoint_tangent": (
+            *(rows[name] for name in ROW_ARGUMENTS["layer_norm_adjoint_tangent"][:-1]),
+            *(None, True),
+        ),
         "batch_norm_tangent": (
             *(case["x"], stacked["x_dot"], *statistics, stacked["weight_dot"], None),
             *(case["gate"], True),
@@ -324,23 +475,22 @@ def test_compiled_in_one_graph() -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    def run(threads: int) -> Results:
-        torch.set_num_threads(threads)
-        try:
-            case = batch_norm_case((16, 24, 20, 21), torch.float32)
-            inner = {
-                name: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
-                for name, t in case.items()
-            }
-            (logits, tangent, target), _ = cross_entropy_case(200, 300, torch.float32)
-            found = list(ops.softmax_cross_entropy_hvp(logits, tangent, target))
-            for op in ARGUMENTS:
-                found += [*call(ops, op, case, gate=case["gate"]), *call(ops, op, inner)]
-            return tuple(found)
-        finally:
-            torch.set_num_threads(1)
+    case = batch_norm_case((16, 24, 20, 21), torch.float32)
+    inner = {name: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in case.items()}
+    (logits, tangent, target), _ = cross_entropy_case(200, 300, torch.float32)
+    rows = layer_norm_case(1000, 60, 2, torch.float32)
+    gelu = activation_case("gelu", (300, 500), torch.float32)
 
-    assert all(torch.equal(a, b) for a, b in zip(run(1), run(2), strict=True))
+    def run() -> list[Tensor]:
+        found = [*ops.softmax_cross_entropy_hvp(logits, tangent, target)]
+        for op in ROW_ARGUMENTS:
+            found += row_call(ops, op, rows)
+        found += ops.activation_adjoint_tangent("gelu", *gelu, adjoint=True)
+        for op in ARGUMENTS:
+            found += [*call(ops, op, case, gate=case["gate"]), *call(ops, op, inner)]
+        return found
+
+    check_threads(run)
 
 
 def test_every_instruction_set() -> None:
@@ -350,6 +500,10 @@ import torch
 import test_curvature_ops as t
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     t.test_cross_entropy(dtype, False, True, 0.3, "mean")
+    for name in t.ops.curvature.ACTIVATIONS:
+        t.test_activations(name, dtype)
+    for op in t.ROW_ARGUMENTS:
+        t.test_layer_norm_over_shapes(op, dtype)
     for op in t.ARGUMENTS:
         t.test_batch_norm_over_shapes(op, dtype, True, True)
 t.test_exponential_of_float32_is_within_two_ulp()
@@ -389,6 +543,35 @@ def test_wrong_batch_norm_calls() -> None:
             call(ops, op, case | changes)
     with pytest.raises(ValueError, match="gate must have the shape of x"):
         call(ops, "batch_norm_tangent", case, gate=torch.ones(3, 4))
+
+
+def test_wrong_layer_norm_calls() -> None:
+    case = layer_norm_case(6, 5, 2, torch.float32)
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"x": case["x"][0]}, ValueError, r"x must be \[rows, size\]"),
+        ({"x": case["x"].long()}, TypeError, "x must be float64"),
+        ({"x_dot": case["x_dot"][:3]}, ValueError, "x_dot must have the shape of x"),
+        ({"mean": case["mean"][:3]}, ValueError, r"mean must have shape \[6\]"),
+        ({"weight_dot": case["weight_dot"][:1]}, ValueError, r"weight_dot must have shape \[2, 5\]"),
+    ]
+    for changes, error, message in wrong:
+        with pytest.raises(error, match=message):
+            row_call(ops, "layer_norm_tangent", case | changes)
+
+
+def test_wrong_activation_calls() -> None:
+    case = activation_case("elu", (3, 4), torch.float32)
+    f = ops.activation_adjoint_tangent
+    with pytest.raises(ValueError, match="activation must be one of 'tanh'"):
+        f("gelo", *case)
+    with pytest.raises(TypeError, match="elu takes 3 parameters"):
+        f("elu", *case, 1.0)
+    with pytest.raises(ValueError, match="x_dot must have the shape of saved"):
+        f("silu", *case[:3], case[3][0])
+    with pytest.raises(ValueError, match="grad_dot must have the shape of x_dot"):
+        f("silu", case[0], case[1], case[2], torch.stack([case[3]] * 2))
+    with pytest.raises(TypeError, match="grad must have the dtype of saved"):
+        f("silu", case[0].double(), *case[1:])
 
 
 def test_wrong_cross_entropy_calls() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import oracles
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blokern import ops
-from blokern.curvature.rules import RULES
+from blokern.curvature.rules import RULES, elementwise, normalization, softmax
 
 Function = Callable[..., Tensor]
 
@@ -294,6 +295,30 @@ def test_products_equal_double_backward(case: str) -> None:
     rtol = 1e-6 if case in ("hardswish", "celu") else 1e-9
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         oracles.check_products(model, wavy, x, None, rtol)
+
+
+NORMS = [case for case in CASES if "norm" in case]
+KERNELS = ["tanh", "sigmoid", "silu", "gelu", "gelu tanh", "softplus beta", "elu", "celu"]
+
+
+@pytest.mark.parametrize("case", [*NORMS, *KERNELS, "cross entropy"])
+def test_products_without_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules in plain torch, which other devices use."""
+    saves = normalization.Normalization.saves
+
+    def saves_without_kernels(self: normalization.Normalization, x: Tensor, weight: Tensor | None) -> Any:
+        saved = saves(self, x, weight)
+        self.stacks = False
+        return saved
+
+    monkeypatch.setattr(normalization.Normalization, "saves", saves_without_kernels)
+    monkeypatch.setattr(elementwise, "_KERNELS", {})
+    monkeypatch.setattr(softmax.LogSoftmax, "followed_by", lambda self, later: None)
+    f, shapes = CASES[case]
+    torch.manual_seed(0)
+    model = Applied(f, *shapes)
+    x = torch.randn(shapes[0], dtype=torch.float64)
+    oracles.check_products(model, wavy, x, None, rtol=1e-6 if case == "celu" else 1e-9)
 
 
 # Straight-through derivatives are nobody's differences.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, Single, add, fit, wide
 
 __all__ = ["RULES"]
@@ -21,7 +22,7 @@ class Unary(Single):
     """y = φ(a): ẏ = φ′ȧ, φ′g, φ′ġ + φ″ȧg. Saves y if φ′ and φ″ are cheaper by it, else a.
 
     times_slope(v, saved, *args) = φ′v, by torch's own backward op where it has one; curvature(saved, *args) = φ″,
-    None where it is zero everywhere.
+    None where it is zero everywhere. Those of `_KERNELS` have φ′ġ + φ″ȧg in one pass on the CPU.
     """
 
     def __init__(
@@ -33,15 +34,20 @@ class Unary(Single):
     ) -> None:
         self.saves_output = saves_output
         self.times_slope, self.curvature = times_slope, curvature
+        self.kernel = _KERNELS.get(call.func)
         self.curved = curvature is not None
         super().__init__(call)
 
     def setup(self, out: Tensor, a: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
         self.args, self.kwargs = args, kwargs
+        self.stacks = self.kernel is not None and a.device.type == "cpu"
         return (out if self.saves_output else a,)
 
     def push(self, a_dot: Tensor) -> Tensor:
-        return self.times_slope(a_dot, *self.saved, *self.args, **self.kwargs)
+        (saved,) = self.saved
+        if a_dot.dim() > saved.dim():
+            saved = saved.expand(a_dot.shape)
+        return self.times_slope(a_dot, saved, *self.args, **self.kwargs)
 
     def pull(self, g: Tensor) -> Tensor:
         return self.push(g)
@@ -50,6 +56,33 @@ class Unary(Single):
         assert self.curvature is not None
         second = self.curvature(wide(self.saved[0]), *self.args, **self.kwargs)
         return (second * wide(a_dot) * wide(g)).to(g.dtype)
+
+    def adjoint_tangent(
+        self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        if not self.stacks or grad is None or tangents[0] is None:
+            return super().adjoint_tangent(grad, grad_dot, tangents, wanted)
+        return (self._bars(grad, grad_dot, tangents[0], False)[1],)
+
+    def both(
+        self,
+        grad: Tensor,
+        grad_dot: Maybe,
+        tangents: Sequence[Maybe],
+        inner: Sequence[bool],
+        wanted: Sequence[bool],
+    ) -> tuple[Sequence[Maybe], Sequence[Maybe]]:
+        assert tangents[0] is not None
+        own, moved = self._bars(grad, grad_dot, tangents[0], True)
+        return (own,), (moved,)
+
+    def _bars(self, grad: Tensor, grad_dot: Maybe, a_dot: Tensor, adjoint: bool) -> tuple[Tensor, Tensor]:
+        assert self.kernel is not None
+        name, *parameters = self.kernel(*self.args, **self.kwargs)
+        dot = torch.zeros_like(a_dot) if grad_dot is None else grad_dot
+        return ops.activation_adjoint_tangent(
+            name, grad, dot, self.saved[0], a_dot, *parameters, adjoint=adjoint
+        )
 
 
 def _by_input(times_slope: Callable[..., Tensor], curvature: Callable[..., Tensor] | None) -> Rule:
@@ -122,6 +155,17 @@ def _times_power(factor: float, a: Tensor, p: float) -> Tensor:
     """factor aᵖ; zero for a zero factor, whatever the power."""
     return torch.zeros_like(a) if factor == 0 else factor * a**p
 
+
+#: The name and parameters of an op's `ops.activation_adjoint_tangent`, from its own arguments after the first.
+_KERNELS: dict[Any, Callable[..., tuple[Any, ...]]] = {
+    aten.tanh.default: lambda: ("tanh",),
+    aten.sigmoid.default: lambda: ("sigmoid",),
+    aten.silu.default: lambda: ("silu",),
+    aten.gelu.default: lambda approximate="none": ("gelu" if approximate == "none" else "gelu_tanh",),
+    aten.softplus.default: lambda beta=1, threshold=20: ("softplus", beta, threshold),
+    aten.elu.default: lambda alpha=1, scale=1, input_scale=1: ("elu", alpha, scale, input_scale),
+    aten.celu.default: lambda alpha=1: ("elu", alpha, 1, 1 / alpha),
+}
 
 _UNARY: dict[Any, Rule] = {
     aten.neg.default: _by_input(lambda v, a: -v, None),
