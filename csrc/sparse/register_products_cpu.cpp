@@ -158,6 +158,51 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
   return y;
 }
 
+// The type in which products add up.
+at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The kept weights, in the stream's order.
+Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
+  check_matrix(weight, "weight");
+  const Stream stream = stream_of(start, column, weight.size(0), weight.size(1), block);
+  const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
+  dispatch(weight.scalar_type(), [&]<class T>() {
+    Accum<T>* const value = values.mutable_data_ptr<Accum<T>>();
+    over_rows(stream, 1,
+              [&](int64_t b, int64_t e) { gather_values<T>(stream, matrix<T>(weight), value, b, e); });
+  });
+  return values;
+}
+
+Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
+                      const Tensor& column, int64_t block, int64_t rows) {
+  check_matrix(x, "x");
+  if (bias.has_value()) {
+    check_factor(*bias, "bias", x, "x");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",
+                      bias->sizes());
+  }
+  const int64_t cols = x.size(0), samples = x.size(1);
+  const Stream stream = stream_of(start, column, rows, cols, block);
+  TORCH_CHECK_TYPE(values.scalar_type() == sum_type(x.scalar_type()), "x must have the weight's dtype, got ",
+                   x.scalar_type(), " and values of ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == column.numel(), "values must have ",
+                    column.numel(), " elements, one an entry, got shape ", values.sizes());
+  Tensor y = empty_product(rows, x);
+  if (y.numel() == 0) return y;
+  if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
+  const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
+  dispatch(x.scalar_type(), [&]<class T>() {
+    using A = Accum<T>;
+    const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
+    const A *const panels = packed<T, kFactor>(x), *const value = values.const_data_ptr<A>();
+    const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
+    over_rows(stream, samples,
+              [&](int64_t b, int64_t e) { spmm<T>(stream, value, panels, offset, out, samples, b, e); });
+  });
+  return y;
+}
+
 Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor& column, int64_t block,
                 const OptionalTensor& words, const OptionalTensor& /*start_t*/,
                 const OptionalTensor& /*column_t*/, int64_t /*block_t*/, const OptionalTensor& /*words_t*/) {
@@ -199,6 +244,8 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
 TORCH_LIBRARY_IMPL(blokern, CPU, m) {
   m.impl("spmm", spmm_op);
   m.impl("sddmm", sddmm_op);
+  m.impl("packed_values", packed_values_op);
+  m.impl("packed_spmm", packed_spmm_op);
 }
 
 }  // namespace blokern
