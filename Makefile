@@ -60,7 +60,8 @@ $(VENV)/.setup: constraints.txt pyproject.toml
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
-	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack \
+		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)

@@ -68,4 +68,4 @@ def cases() -> Iterator[Case]:
         "standard step, bf16, channels_last": _step_of("plain", nhwc, y, "bf16"),
         "fast-bat, bf16, channels_last": _step_of("fast-bat", nhwc, y, "bf16"),
     }
-    yield Case(f"Training step, preact_resnet18, batch {BATCH}", rivals, ours="standard step")
+    yield Case(f"Training step, preact_resnet18, batch {BATCH}", rivals, ours="standard step", memory=True)

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import attack, bilevel, plot, pruning, sparse
+from benchmarks import attack, bilevel, curvature, plot, pruning, sparse
 from blokern._race import Case, Row, pretty, report, run_case
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "attack": attack.cases,
     "sparse": sparse.quick,
     "pruning": pruning.cases,
+    "curvature": curvature.cases,
     "bilevel": bilevel.cases,
 }
 #: In their place with --full.
 FULL = {"sparse": sparse.full}
 #: Steps of a network take seconds, ops milliseconds.
-ROUNDS = {"attack": 31, "sparse": 7, "pruning": 5, "bilevel": 7}
+ROUNDS = {"attack": 31, "sparse": 7, "pruning": 5, "curvature": 11, "bilevel": 7}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -56,12 +57,17 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, a section a case."""
     lines: list[str] = []
     for case in dict.fromkeys(row.case for row in rows):
-        lines += [f"\n### {case}\n", "| | time | × ours | spread | GB/s |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            f"\n### {case}\n",
+            "| | time | × ours | spread | GB/s | peak |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
         for row in (row for row in rows if row.case == case):
             name = f"**{row.rival}**" if row.ours else row.rival
             rate = f"{row.gigabytes_a_second:.1f}" if row.gigabytes_a_second else ""
+            peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
             lines.append(
-                f"| {name} | {pretty(row.seconds)} | {row.times_ours:.2f} | ±{row.spread:.0%} | {rate} |"
+                f"| {name} | {pretty(row.seconds)} | {row.times_ours:.2f} | ±{row.spread:.0%} | {rate} | {peak} |"
             )
     return "\n".join(lines)
 

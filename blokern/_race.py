@@ -3,6 +3,7 @@ all of them; a ratio is the median over rounds of two times of one round. Times 
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from blokern import _backend
 from blokern._version import __version__
@@ -27,18 +29,23 @@ MIN_SAMPLE_SECONDS = 2e-3
 class Case:
     """The same work done by several rivals. `ours` names the one that the ratios are of.
 
-    `bytes` is the traffic that the work cannot avoid, for rates; 0 where that is not the limit.
+    `bytes` is the traffic that the work cannot avoid, for rates; 0 where that is not the limit. `memory`: measure what
+    each needs at its peak, too.
     """
 
     name: str
     rivals: Mapping[str, Callable[[], object]]
     ours: str
     bytes: int = 0
+    memory: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rival of one case. times_ours: how many times our time it took (above 1: we are faster)."""
+    """One rival of one case. times_ours: how many times our time it took (above 1: we are faster).
+
+    peak_bytes: the most that tensors made during the work took at once, what it returns included; None: not measured.
+    """
 
     case: str
     rival: str
@@ -47,6 +54,7 @@ class Row:
     spread: float  # the middle half of the samples, over their median
     times_ours: float
     gigabytes_a_second: float
+    peak_bytes: int | None
     rounds: int
 
 
@@ -67,11 +75,12 @@ def run_case(
     for _ in range(rounds):
         for name, run in case.rivals.items():
             samples[name].append(clock(run, repeats[name]))
+    peaks = {name: _peak_bytes(run) if case.memory else None for name, run in case.rivals.items()}
     ours = samples[case.ours]
-    return [_row(case, name, times, ours) for name, times in samples.items()]
+    return [_row(case, name, times, ours, peaks[name]) for name, times in samples.items()]
 
 
-def _row(case: Case, name: str, times: Sequence[float], ours: Sequence[float]) -> Row:
+def _row(case: Case, name: str, times: Sequence[float], ours: Sequence[float], peak: int | None) -> Row:
     median = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
     return Row(
@@ -82,6 +91,7 @@ def _row(case: Case, name: str, times: Sequence[float], ours: Sequence[float]) -
         spread=(high - low) / median,
         times_ours=statistics.median(t / o for t, o in zip(times, ours, strict=True)),
         gigabytes_a_second=case.bytes / median / 1e9,
+        peak_bytes=peak,
         rounds=len(times),
     )
 
@@ -90,6 +100,17 @@ def _repeats(run: Callable[[], object], clock: Callable[[Callable[[], object], i
     run()  # compile, allocate
     fastest = min(clock(run, 1) for _ in range(3))  # warms the caches, too
     return max(1, round(MIN_SAMPLE_SECONDS / max(fastest, 1e-9)))
+
+
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """By what torch's CPU allocator tells its profiler; the buffers inside a library's kernels are not in it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()  # alive until the profiler has ended
+    del result
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(changes), default=0)
 
 
 def pretty(seconds: float) -> str:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import pruning, sparse
+from benchmarks import curvature, pruning, sparse
 from benchmarks.networks import network
+from blokern._race import Case, run_case
 from blokern.bilevel.masking import prunable
 
 LAYERS = [
@@ -60,3 +61,39 @@ def test_released_bip_prunes_and_moves_weights_and_scores_alike() -> None:
     for weight, score, old in zip(weights.values(), scores, before, strict=True):
         assert weight.data_ptr() == score.data_ptr()
         assert not torch.equal(score, old)
+
+
+def _flat(product: object) -> torch.Tensor:
+    parts = product.values() if isinstance(product, dict) else product
+    return torch.cat([torch.as_tensor(part).flatten() for part in parts])
+
+
+@pytest.mark.parametrize("kind", ["hvp", "ggnvp", "mixed_hvp"])
+def test_every_rival_of_a_product_computes_the_same(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 10))
+    case = curvature._products("small", model, torch.rand(6, 5))
+    products = {name: run for name, run in case.rivals.items() if name.startswith(kind)}
+    want = _flat(products.pop(kind)())
+    for name, run in products.items():
+        got = run()
+        if "stacked" in name:
+            got = {key: value[-1] for key, value in got.items()}
+        torch.testing.assert_close(_flat(got), want, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_rival_of_the_cross_entropy_computes_the_same() -> None:
+    ours, *rivals = (run() for run in curvature._losses(3, 5).rivals.values())
+    for rival in rivals:
+        torch.testing.assert_close(rival, ours)
+
+
+def test_memory_is_that_of_the_tensors_that_were_alive_at_once() -> None:
+    def run() -> torch.Tensor:
+        first = torch.zeros(1000, dtype=torch.float64)
+        second = first.neg()
+        del first
+        return second.neg()
+
+    (row,) = run_case(Case("sum", {"ours": run}, "ours", memory=True), rounds=1)
+    assert row.peak_bytes == 16000
