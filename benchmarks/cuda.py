@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import attack
-from benchmarks.run import table
 from blokern import models, ops
-from blokern._race import Case, Row, report, run_case, wall_time
+from blokern._race import Case, Row, pretty, report, run_case, wall_time
 from blokern.attack import PGD
 from blokern.ops import reference_curvature as reference
 
@@ -181,8 +180,9 @@ def race(device: torch.device, rounds: int, seconds: float, small: bool = False)
         if time.monotonic() > until:
             print(f"no time left for: {case.name}")
             continue
-        rows += run_case(case, rounds, clock)
-        print(table(rows[-len(case.rivals) :]), flush=True)
+        found = run_case(case, rounds, clock)
+        print(case.name, *(f"{row.rival} {pretty(row.seconds)}" for row in found), sep="; ", flush=True)
+        rows += found
     return rows
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -93,13 +95,8 @@ def test_nothing_runs_without_a_build() -> None:
 def test_dry_run_names_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert [line.split(",")[0] for line in told.splitlines()] == [
-        "build",
-        "tests",
-        "memcheck",
-        "racecheck",
-        "benchmarks",
-    ]
+    names = [line.split(",")[0] for line in told.splitlines()]
+    assert names == ["build", "tests", "benchmarks", "memcheck", "racecheck"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,3 +104,26 @@ def test_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str], tmp_path:
     assert gpu.main(["--out", str(tmp_path / "out")]) == 1
     assert "no CUDA device to be seen by" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_needs_no_package_that_only_developers_have() -> None:
+    """A machine with a GPU has torch, numpy and pytest, and perhaps no network."""
+    code = """
+import sys
+for name in ("curvlinops", "expecttest", "hypothesis", "jsonargparse", "matplotlib", "pyautoattack", "torchattacks"):
+    sys.modules[name] = None
+import pytest
+import benchmarks.cuda, benchmarks.gpu
+raise SystemExit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/cuda"]))
+"""
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=gpu.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test_the_engine_runs_unchanged" in run.stdout
