@@ -38,7 +38,7 @@ def l2_torchattacks(x_adv: Tensor, x: Tensor, grad: Tensor, step: float, eps: fl
     norms = torch.norm(grad.view(n, -1), p=2, dim=1) + 1e-10
     x_adv = x_adv.detach() + step * (grad / norms.view(n, 1, 1, 1))
     delta = x_adv - x
-    factor = torch.min(eps / torch.norm(delta.view(n, -1), p=2, dim=1), torch.ones(n))
+    factor = torch.min(eps / torch.norm(delta.view(n, -1), p=2, dim=1), torch.ones(n, device=x.device))
     return torch.clamp(x + delta * factor.view(-1, 1, 1, 1), min=0, max=1).detach()
 
 

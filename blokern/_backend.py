@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["CPU_CAPABILITY", "C", "build_info"]
+__all__ = ["CPU_CAPABILITY", "HAS_CUDA_KERNELS", "C", "build_info"]
 
 #: Overrides the choice of CPU library; a value of ``blokern info``'s list of built ones.
 OVERRIDE = "BLOKERN_CPU_CAPABILITY"
@@ -43,15 +43,18 @@ def _load_cpu(core: ModuleType) -> str:
     return wanted
 
 
-def _load_cuda(core: ModuleType) -> None:
-    if core.cuda.startswith("yes"):
+def _load_cuda(core: ModuleType) -> bool:
+    built: bool = core.cuda.startswith("yes")
+    if built:
         importlib.import_module("blokern._cuda")
+    return built
 
 
 C: ModuleType = _load_core()
 #: The instruction set whose kernels are loaded.
 CPU_CAPABILITY: str = _load_cpu(C)
-_load_cuda(C)
+#: Whether the ops run on CUDA tensors.
+HAS_CUDA_KERNELS: bool = _load_cuda(C)
 
 
 def build_info() -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from blokern import _backend
 from blokern._version import __version__
 
-__all__ = ["Case", "Row", "pretty", "report", "run_case"]
+__all__ = ["Case", "Row", "pretty", "report", "run_case", "wall_time"]
 
 #: Long enough for the clock and for a thread's wake-up not to matter.
 MIN_SAMPLE_SECONDS = 2e-3
@@ -58,13 +58,23 @@ class Row:
     rounds: int
 
 
-def run_case(case: Case, rounds: int) -> list[Row]:
-    """Time the rivals in turn, each once a round; a row a rival, in their order."""
-    repeats = {name: _repeats(run) for name, run in case.rivals.items()}
+def wall_time(run: Callable[[], object], repeats: int) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def run_case(
+    case: Case, rounds: int, clock: Callable[[Callable[[], object], int], float] = wall_time
+) -> list[Row]:
+    """Time the rivals in turn, each once a round; a row a rival, in their order. clock: as `wall_time`."""
+    repeats = {name: _repeats(run, clock) for name, run in case.rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in case.rivals}
     for _ in range(rounds):
         for name, run in case.rivals.items():
-            samples[name].append(_time(run, repeats[name]))
+            samples[name].append(clock(run, repeats[name]))
     peaks = {name: _peak_bytes(run) if case.memory else None for name, run in case.rivals.items()}
     ours = samples[case.ours]
     return [_row(case, name, times, ours, peaks[name]) for name, times in samples.items()]
@@ -86,16 +96,9 @@ def _row(case: Case, name: str, times: Sequence[float], ours: Sequence[float], p
     )
 
 
-def _time(run: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
-
-
-def _repeats(run: Callable[[], object]) -> int:
+def _repeats(run: Callable[[], object], clock: Callable[[Callable[[], object], int], float]) -> int:
     run()  # compile, allocate
-    fastest = min(_time(run, 1) for _ in range(3))  # warms the caches, too
+    fastest = min(clock(run, 1) for _ in range(3))  # warms the caches, too
     return max(1, round(MIN_SAMPLE_SECONDS / max(fastest, 1e-9)))
 
 

@@ -15,9 +15,11 @@ __all__ = [
     "check_batch",
     "check_box",
     "check_count",
+    "check_graphed",
     "check_logits",
     "check_model",
     "check_norm",
+    "check_on_cuda",
     "check_radius",
     "per_sample",
 ]
@@ -59,6 +61,23 @@ def check_radius(name: str, value: PerSample) -> None:
         raise TypeError(f"{name} must be a float or a tensor of shape [N], got {type(value).__name__}")
     elif not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def check_graphed(restarts: int, early_stop: bool, eps: PerSample, step_size: PerSample) -> None:
+    """What a loop that is one CUDA graph can be: always the same work."""
+    if restarts > 1 or early_stop:
+        raise ValueError(
+            f"cuda_graph=True runs all steps in one launch, without a look at who is fooled: it takes restarts=1 "
+            f"and early_stop=False, got restarts={restarts}, early_stop={early_stop}"
+        )
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a float for cuda_graph=True, got a tensor")
+
+
+def check_on_cuda(x: Tensor) -> None:
+    if x.device.type != "cuda":
+        raise ValueError(f"x must be on a CUDA device for cuda_graph=True, got {x.device}")
 
 
 def per_sample(name: str, value: PerSample, x: Tensor) -> PerSample:

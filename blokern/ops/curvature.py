@@ -1,9 +1,10 @@
 """Derivatives of layers along directions: what the R-operator needs of them, in few passes over memory.
 
 A dot is a tangent, the derivative along a direction; a bar is an adjoint, the derivative of a loss by the tensor.
-float64, float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU;
-none of these ops has a derivative. Results do not depend on the number of threads. Errors are ValueError or TypeError,
-naming the argument.
+float64, float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU or
+CUDA; none of these ops has a derivative. Results do not depend on the number of threads; those of one CUDA device are
+the same on every run. Errors are ValueError or TypeError, naming the argument. Labels on CUDA are not looked into: one
+out of range makes its row, and the loss, NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from blokern._backend import HAS_CUDA_KERNELS
 from blokern._names import unknown_name
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "batch_norm_adjoint",
     "batch_norm_adjoint_tangent",
     "batch_norm_tangent",
+    "has_kernels",
     "layer_norm_adjoint_tangent",
     "layer_norm_tangent",
     "softmax_cross_entropy_hvp",
@@ -38,6 +41,15 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "softplus": ("beta", "threshold"),
     "elu": ("alpha", "scale", "input_scale"),
 }
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether these ops run on tensors of a device: CUDA's, where its kernels are built.
+
+    >>> has_kernels(torch.device("cpu"))
+    True
+    """
+    return device.type == "cpu" or (device.type == "cuda" and HAS_CUDA_KERNELS)
 
 
 def activation_adjoint_tangent(

@@ -3,13 +3,9 @@
 // unchecked.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include <vector>
 
 #include "attack/register_ops.h"
+#include "cuda_call.h"
 
 namespace blokern {
 namespace {
@@ -19,13 +15,7 @@ struct Cuda {
 
   template <class P, class Kernel>
   static void elements(const at::Tensor& like, const P& p, Kernel kernel) {
-    const c10::cuda::CUDAGuard guard(like.device());
-    std::vector<at::Tensor> memory;  // reused in the stream's order once this call has queued its work
-    kernel(p, CudaCall{c10::cuda::getCurrentCUDAStream().stream(), [&](size_t bytes) {
-                         memory.push_back(
-                             at::zeros({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)));
-                         return memory.back().mutable_data_ptr();
-                       }});
+    on_device_of(like, [&](const CudaCall& call) { kernel(p, call); });
   }
 
   template <class P, class Kernel>

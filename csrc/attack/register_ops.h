@@ -28,9 +28,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 enum class Norm { linf, l2, l1 };
 
-// A kernel of every norm, whatever the device's own arguments.
-#define BLOKERN_KERNEL(name) [](const auto&... arguments) { name(arguments...); }
-
 // A size as the kernels take it, and the memory it may point to.
 struct Size {
   PerSample value;
@@ -308,7 +305,5 @@ void implement_all(torch::Library& m) {
   m.impl("fast_bat_step", &fast_bat_step<Device, double>);
   m.impl("fast_bat_step.per_sample", &fast_bat_step<Device, const Tensor&>);
 }
-
-#undef BLOKERN_KERNEL
 
 }  // namespace blokern::attack_ops

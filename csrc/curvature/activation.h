@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -102,6 +103,7 @@ struct Elu {
 
 template <class T>
 struct Activation {
+  int64_t size;
   const T* saved;
   const T* x_dot;
   const T* grad;
@@ -113,6 +115,10 @@ struct Activation {
 // CPU kernel; [begin, end) counts elements.
 template <class T, class Phi>
 void activation_adjoint_tangent(const Activation<T>& p, Phi phi, int64_t begin, int64_t end);
+
+// CUDA kernel, queued on the call's stream.
+template <class T, class Phi>
+void activation_adjoint_tangent(const Activation<T>& p, Phi phi, const CudaCall& call);
 
 #define BLOKERN_FOR_ACTIVATION(DO, T) \
   DO(T, Tanh) DO(T, Sigmoid) DO(T, Silu) DO(T, Gelu) DO(T, GeluTanh) DO(T, Softplus) DO(T, Elu)

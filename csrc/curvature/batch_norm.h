@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "curvature/normalization.h"
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -67,5 +68,11 @@ template <class T>
 void batch_norm_tangent(const BatchNormTangent<T>& p, int64_t begin, int64_t end);
 template <class T>
 void batch_norm_adjoint(const BatchNormAdjoint<T>& p, int64_t begin, int64_t end);
+
+// CUDA kernels, queued on the call's stream.
+template <class T>
+void batch_norm_tangent(const BatchNormTangent<T>& p, const CudaCall& call);
+template <class T>
+void batch_norm_adjoint(const BatchNormAdjoint<T>& p, const CudaCall& call);
 
 }  // namespace blokern

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "curvature/normalization.h"
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -31,13 +32,15 @@ struct LayerNormTangent {
   T* y_dot;
 };
 
-// Outputs that are null are not written. Rows come in blocks of kNormBlock; each has sums of its own for the
-// weights' adjoints, [kinds, size], so that they do not depend on threads.
+// x_bar may be null, and is not written then. The weights' adjoints are summed in blocks of rows, [kinds,
+// size] each, so that they do not depend on threads: on the CPU of kNormBlock rows that follow each other, on
+// CUDA of every (blocks · kinds)-th row for each kind.
 constexpr int64_t kNormBlock = 128;
 
 template <class T>
 struct LayerNormAdjointTangent {
   NormRows<T> at;
+  int64_t blocks;
   const T* x_dot;
   const T* grad;
   const T* grad_dot;
@@ -52,5 +55,12 @@ template <class T>
 void layer_norm_tangent(const LayerNormTangent<T>& p, int64_t begin, int64_t end);
 template <class T>
 void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T>& p, int64_t begin, int64_t end);
+
+// CUDA kernels, queued on the call's stream, and how many blocks they are best given.
+template <class T>
+void layer_norm_tangent(const LayerNormTangent<T>& p, const CudaCall& call);
+template <class T>
+void layer_norm_adjoint_tangent(const LayerNormAdjointTangent<T>& p, const CudaCall& call);
+int64_t layer_norm_blocks(int64_t rows, int64_t kinds);
 
 }  // namespace blokern

@@ -42,7 +42,7 @@ __attribute__((flatten)) Target fill_spread(const SoftmaxCrossEntropyHvp<T>& p, 
   const Lanes<A> kept(static_cast<A>(1 - p.label_smoothing));
   const Lanes<A> floor(static_cast<A>(p.label_smoothing / static_cast<double>(p.classes)));
   const auto [total, inner] = sums<A, 2>(p.classes, [=](int64_t i, auto w, auto& s) {
-    const Lanes<A> own = target != nullptr ? kept * load<A>(target + i, w) + floor : floor;
+    const Lanes<A> own = target != nullptr ? spread_weight(kept, load<A>(target + i, w), floor) : floor;
     store(q + i, weight != nullptr ? own * load<A>(weight + i, w) : own, w);
     const Lanes<A> counted = load<A>(q + i, w);
     s[0] = s[0] + counted;
@@ -67,9 +67,9 @@ __attribute__((flatten)) double fill_row(const SoftmaxCrossEntropyHvp<T>& p, int
     s[0] = s[0] + counted;
     s[1] = s[1] + counted * load<A>(v + i, w);
   });
-  p.loss[row] = (known.total * (std::log(exps) + static_cast<double>(top)) - known.inner) * p.scale;
+  p.loss[row] = (known.total * (std::log(exps) + static_cast<double>(top)) - known.inner) * p.scale();
   const Lanes<A> inverse(static_cast<A>(1 / exps)), mean(static_cast<A>(along / exps));
-  const Lanes<A> total(static_cast<A>(known.total)), scale(static_cast<A>(p.scale));
+  const Lanes<A> total(static_cast<A>(known.total)), scale(static_cast<A>(p.scale()));
   sweep<A>(0, p.classes, [=](int64_t i, auto w) {
     const Lanes<A> probability = load<A>(e + i, w) * inverse;
     const Lanes<A> weight = kSpread ? load<A>(q + i, w) : Lanes<A>();
@@ -86,7 +86,7 @@ void labelled_row(const SoftmaxCrossEntropyHvp<T>& p, int64_t row, A* q, A* e) {
   if (label == p.ignore_index) {
     std::fill_n(grad, p.classes, T(0));
     std::fill_n(p.hvp + row * p.classes, p.classes, T(0));
-    p.loss[row] = 0;
+    p.loss[row] = 0 * p.scale();
     return;
   }
   const T* const z = p.logits + row * p.classes;
@@ -98,7 +98,7 @@ void labelled_row(const SoftmaxCrossEntropyHvp<T>& p, int64_t row, A* q, A* e) {
   known.inner += own * static_cast<double>(z[label]);
   const double probability =
       smooth ? fill_row<true>(p, row, label, known, q, e) : fill_row<false>(p, row, label, known, q, e);
-  grad[label] = static_cast<T>(cross_entropy_grad(probability, spread + own, known.total, p.scale));
+  grad[label] = static_cast<T>(cross_entropy_grad(probability, spread + own, known.total, p.scale()));
 }
 
 }  // namespace

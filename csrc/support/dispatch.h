@@ -4,6 +4,9 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+// A kernel of this name, whatever its types and the device's own arguments.
+#define BLOKERN_KERNEL(name) [](const auto&... arguments) { name(arguments...); }
+
 namespace blokern {
 
 template <class F>

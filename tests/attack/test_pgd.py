@@ -184,3 +184,16 @@ def test_random_starts_follow_the_generator():
     runs = [PGD(net, steps=2, generator=torch.Generator().manual_seed(s))(x, y) for s in (5, 5, 6)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_what_a_graphed_attack_is_not():
+    net = small_net()
+    x, y = images(net, n=2)
+    for how in ({"restarts": 2}, {"early_stop": True}):
+        with pytest.raises(ValueError, match=r"it takes restarts=1 and early_stop=False, got restarts="):
+            PGD(net, 0.1, 0.05, cuda_graph=True, **how)
+    for name in ("eps", "step_size"):
+        with pytest.raises(TypeError, match=f"{name} must be a float for cuda_graph=True, got a tensor"):
+            PGD(net, **{"eps": 0.1, "step_size": 0.05, name: torch.ones(2)}, cuda_graph=True)
+    with pytest.raises(ValueError, match="x must be on a CUDA device for cuda_graph=True, got cpu"):
+        PGD(net, 0.1, 0.05, cuda_graph=True)(x, y)

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import struct
-import subprocess
 from pathlib import Path
 
 import torch
 from emulation_build import ROOT, build
+from server import Server
 from torch import Tensor
 
-SCHEDULES = ("forward", "reverse", "shuffled")
 KERNELS = ("apgd_step", "fast_bat_step", "pgd_step", "project", "random_start")
-
-
-def _text(text: str) -> bytes:
-    return struct.pack("I", len(text)) + text.encode()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class EmulatedOps:
@@ -28,9 +17,7 @@ class EmulatedOps:
     samples are not dense in memory is copied first, as the ops do."""
 
     def __init__(self, schedule: str) -> None:
-        self.schedule = SCHEDULES.index(schedule)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._seeds = itertools.count()
+        self._server = Server(self.program(), schedule)
 
     @staticmethod
     def program() -> Path:
@@ -38,12 +25,7 @@ class EmulatedOps:
         return build("attack_emulated", [Path(__file__).parent / "attack_emulated.cpp", *sources])
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process.stderr.close()
-            self._process.wait()
-            self._process = None
+        self._server.close()
 
     def pgd_step(self, x_adv, x, grad, step_size, eps, *, norm="linf", active=None, **box):
         out = torch.empty_like(x_adv).fill_(float("nan"))
@@ -107,54 +89,18 @@ class EmulatedOps:
         if images.numel() == 0:
             return given
         rows = {name: _dense(t) for name, t in given.items()}
-        message = struct.pack("iI", self.schedule, next(self._seeds))
-        grad = tensors.get("grad", images)
-        message += _text(op) + _text(_name(images.dtype)) + _text(_name(grad.dtype))
-        numbers = (step_size, eps, momentum, clip_min, clip_max, seed)
-        message += struct.pack("qqdddddQ", len(images), images[0].numel(), *numbers)
-        message += struct.pack("I", len(rows))
-        for name, t in rows.items():
-            span = _span(t)
-            stride = t.stride(0) if len(t) > 1 else 0
-            message += _text(name) + struct.pack("QqQ", t.data_ptr() % 16, stride, len(span)) + span
-        reply = self._exchange(message, sum(len(_span(t)) for t in rows.values()))
-        results = {}
-        for name, t in rows.items():
-            size = len(_span(t))
-            memory = torch.frombuffer(bytearray(reply[:size]), dtype=t.dtype)
-            results[name] = memory.as_strided(t.shape, t.stride()).clone()
-            reply = reply[size:]
-        return results
+        numbers = {
+            **{"samples": len(images), "size": images[0].numel(), "step_size": step_size, "eps": eps},
+            **{"momentum": momentum, "clip_min": clip_min, "clip_max": clip_max},
+            **{"seed_high": seed >> 32, "seed_low": seed % 2**32},
+        }
+        return self._server.call(op, (images.dtype, tensors.get("grad", images).dtype), numbers, rows)
 
     @staticmethod
     def _per_sample(value, images: Tensor) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float64).expand(len(images)).contiguous()
 
-    def _exchange(self, message: bytes, reply_size: int) -> bytes:
-        if self._process is None:
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen([self.program()], stdin=pipe, stdout=pipe, stderr=pipe)
-        process = self._process
-        try:
-            process.stdin.write(message)
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        reply = process.stdout.read(reply_size)
-        if len(reply) != reply_size:
-            told = process.stderr.read().decode()
-            self.close()
-            raise AssertionError(told)
-        return reply
-
 
 def _dense(t: Tensor) -> Tensor:
     """t, or a copy where a sample's elements do not lie in the order of a contiguous one without gaps."""
     return t if t[0].is_contiguous() else t.contiguous()
-
-
-def _span(t: Tensor) -> bytes:
-    """The memory from t's first element to its last."""
-    length = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
-    flat = t.as_strided((length,), (1,))
-    return flat.contiguous().view(torch.uint8).numpy().tobytes()

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import test_ops
 import torch
-from emulated import SCHEDULES, EmulatedOps
+from emulated import EmulatedOps
 from ops_cases import DTYPES, NORMS, SIZES, TOLERANCE, calls, images
+from server import SCHEDULES
 from torch import Tensor
 
 from blokern import ops

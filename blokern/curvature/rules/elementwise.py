@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, Single, add, fit, wide
+from blokern.ops.curvature import has_kernels
 
 __all__ = ["RULES"]
 
@@ -22,7 +23,7 @@ class Unary(Single):
     """y = φ(a): ẏ = φ′ȧ, φ′g, φ′ġ + φ″ȧg. Saves y if φ′ and φ″ are cheaper by it, else a.
 
     times_slope(v, saved, *args) = φ′v, by torch's own backward op where it has one; curvature(saved, *args) = φ″,
-    None where it is zero everywhere. Those of `_KERNELS` have φ′ġ + φ″ȧg in one pass on the CPU.
+    None where it is zero everywhere. Those of `_KERNELS` have φ′ġ + φ″ȧg in one pass, where they run.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Unary(Single):
 
     def setup(self, out: Tensor, a: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
         self.args, self.kwargs = args, kwargs
-        self.stacks = self.kernel is not None and a.device.type == "cpu"
+        self.stacks = self.kernel is not None and has_kernels(a.device)
         return (out if self.saves_output else a,)
 
     def push(self, a_dot: Tensor) -> Tensor:

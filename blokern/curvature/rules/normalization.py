@@ -8,7 +8,7 @@ P a = a − ⟨a⟩ − x̂⟨x̂ a⟩ and h = γ g:
     their tangents: r (P ḣ − r⟨x̂ ẋ⟩ P h − x̂̇⟨x̂ h⟩ − x̂⟨x̂̇ h⟩) with ḣ = γ ġ + γ̇ g;  Σ (ġ x̂ + g x̂̇);  Σ ġ
 
 Batch normalisation in eval mode has μ and r constant: P is then the identity, and what P's own tangent adds is gone.
-On the CPU this is done by kernels, of stacks too; elsewhere in plain torch.
+On the CPU and on CUDA this is done by kernels, of stacks too; elsewhere in plain torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, add, wide
+from blokern.ops.curvature import has_kernels
 
 __all__ = ["RULES"]
 
@@ -54,7 +55,7 @@ class Normalization(Op):
         del self.mean, self.rstd  # saved by now
 
     def saves(self, x: Tensor, weight: Maybe) -> Sequence[Tensor]:
-        self.weighted, self.stacks = weight is not None, x.device.type == "cpu"
+        self.weighted, self.stacks = weight is not None, has_kernels(x.device)
         return (x, self.mean, self.rstd) if weight is None else (x, self.mean, self.rstd, weight)
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor, Maybe]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blokern import ops
 from blokern.curvature.op import Call, Maybe, Op, Rule, Single, wide
+from blokern.ops.curvature import has_kernels
 
 __all__ = ["RULES"]
 
@@ -93,7 +94,7 @@ class NllLoss(Single):
 
     def fuses(self, a: Tensor) -> bool:
         """Whether the kernel of both has the same meaning."""
-        return a.device.type == "cpu" and self.forward is aten.nll_loss_forward and self.how[0] != 0
+        return has_kernels(a.device) and self.forward is aten.nll_loss_forward and self.how[0] != 0
 
     def push(self, a_dot: Tensor) -> Tensor:
         out: Tensor = self.forward(a_dot, self.saved[0], self.weight(), *self.how)[0]

@@ -125,6 +125,16 @@ BLOKERN_DEVICE Pack<A, kSize> each(Part<kSize>, Formula formula) {
   return pack;
 }
 
+// What of the pack that begins at i lies in a row of `size` elements: one of it does.
+template <int kSize>
+BLOKERN_DEVICE Part<kSize> part_within(int64_t i, int64_t size) {
+  constexpr unsigned whole = Part<kSize>::kWhole;
+  unsigned bits = whole;
+  if (i < 0) bits = whole << -i;
+  if (size - i < kSize) bits &= whole >> (kSize - (size - i));
+  return {bits & whole};
+}
+
 // A thread's share of a row of `size` elements: of its packs the thread takes number `first`, and every
 // `step`-th from there.
 template <int kSize>
@@ -136,14 +146,8 @@ struct Walk {
   // body(i, part) for each pack, whose first element is i.
   template <class Body>
   BLOKERN_DEVICE void sweep(Body body) const {
-    constexpr unsigned whole = Part<kSize>::kWhole;
 #pragma unroll 1
-    for (int64_t i = first * kSize - shift; i < size; i += step * kSize) {
-      unsigned bits = whole;
-      if (i < 0) bits = whole << -i;
-      if (size - i < kSize) bits &= whole >> (kSize - (size - i));
-      body(i, Part<kSize>{bits & whole});
-    }
+    for (int64_t i = first * kSize - shift; i < size; i += step * kSize) body(i, part_within<kSize>(i, size));
   }
 };
 

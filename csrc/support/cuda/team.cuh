@@ -43,9 +43,86 @@ struct Combine {
     if (k < kLargest) return a + b;
     return a != a || a >= b ? a : b;
   }
+  template <int K>
+  BLOKERN_DEVICE Sums<K> operator()(Sums<K> a, const Sums<K>& b) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) a.v[k] = (*this)(k, a.v[k], b.v[k]);
+    return a;
+  }
 };
 
-class Team {
+// All lanes' values merged, for each of them: merge(a, b) of two.
+template <int K, class Merge>
+BLOKERN_DEVICE Sums<K> over_warp(Sums<K> value, Merge merge) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+    Sums<K> other;
+#pragma unroll
+    for (int k = 0; k < K; ++k) other.v[k] = __shfl_xor_sync(kFullWarp, value.v[k], lanes);
+    value = merge(value, other);
+  }
+  return value;
+}
+
+// What every team can do with its walk of a row, whoever its threads are: Self::reduce(value, merge) merges
+// theirs.
+template <class Self>
+class Summing {
+ public:
+  // K sums over the row that the team walks, those from kLargest on the largest instead: terms(i, part) gives
+  // a pack's, as add(k, s), which adds those of element k to s[0..K).
+  template <class A, int K, int kLargest = K, class Walk, class Terms>
+  BLOKERN_DEVICE Sums<K> sums(const Walk& walk, Terms terms) {
+    const Combine<kLargest> combine;
+    Sums<K> mine{};
+    walk.sweep([&](int64_t i, auto part) {
+      const auto add = terms(i, part);
+      A s[K] = {};
+#pragma unroll
+      for (int k = 0; k < part.size; ++k) {
+        if (part.has(k)) add(k, s);
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) mine.v[k] = combine(k, mine.v[k], static_cast<double>(s[k]));
+    });
+    return static_cast<Self*>(this)->reduce(mine, combine);
+  }
+
+  // The sum of all that terms(i, part) gives, a pack an A.
+  template <class A, class Walk, class Terms>
+  BLOKERN_DEVICE double sum(const Walk& walk, Terms terms) {
+    const auto one = [&](int64_t i, auto part) {
+      return [found = terms(i, part)](int k, A* s) { s[0] += found[k]; };
+    };
+    return sums<A, 1>(walk, one).v[0];
+  }
+};
+
+// A warp a row: for rows so short that a block would mostly wait for itself.
+class WarpTeam : public Summing<WarpTeam> {
+ public:
+  BLOKERN_DEVICE explicit WarpTeam(const Teams& /*teams*/) {}
+
+  BLOKERN_DEVICE int64_t index() const {
+    return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  }
+  BLOKERN_DEVICE int64_t count() const { return static_cast<int64_t>(gridDim.x) * kWarps; }
+
+  // Whether this thread is the one that writes what there is one of.
+  BLOKERN_DEVICE bool leads() const { return threadIdx.x % kWarpSize == 0; }
+
+  template <int kSize>
+  BLOKERN_DEVICE Walk<kSize> walk(int64_t size, int shift) const {
+    return {size, threadIdx.x % kWarpSize, kWarpSize, shift};
+  }
+
+  template <int K, class Merge>
+  BLOKERN_DEVICE Sums<K> reduce(Sums<K> value, Merge merge) {
+    return over_warp(value, merge);
+  }
+};
+
+class Team : public Summing<Team> {
  public:
   BLOKERN_DEVICE explicit Team(const Teams& teams)
       : blocks_(teams.blocks),
@@ -62,6 +139,7 @@ class Team {
   BLOKERN_DEVICE int64_t count() const { return gridDim.x / blocks_; }
 
   BLOKERN_DEVICE int rank() const { return rank_; }
+  BLOKERN_DEVICE bool leads() const { return rank_ == 0 && threadIdx.x == 0; }
 
   template <int kSize>
   BLOKERN_DEVICE Walk<kSize> walk(int64_t size, int shift) const {
@@ -69,49 +147,20 @@ class Team {
             static_cast<int64_t>(blocks_) * blockDim.x, shift};
   }
 
-  // K sums over the row that the team walks, those from kLargest on the largest instead: terms(i, part) gives
-  // a pack's, as add(k, s), which adds those of element k to s[0..K).
-  template <class A, int K, int kLargest = K, int kSize, class Terms>
-  BLOKERN_DEVICE Sums<K> sums(const Walk<kSize>& walk, Terms terms) {
-    const Combine<kLargest> combine;
-    Sums<K> mine{};
-    walk.sweep([&](int64_t i, auto part) {
-      const auto add = terms(i, part);
-      A s[K] = {};
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        if (part.has(k)) add(k, s);
-      }
-#pragma unroll
-      for (int k = 0; k < K; ++k) mine.v[k] = combine(k, mine.v[k], static_cast<double>(s[k]));
-    });
-    return reduce(mine, combine);
-  }
-
-  // The sum of all that terms(i, part) gives, a pack an A.
-  template <class A, int kSize, class Terms>
-  BLOKERN_DEVICE double sum(const Walk<kSize>& walk, Terms terms) {
-    const auto one = [&](int64_t i, auto part) {
-      return [found = terms(i, part)](int k, A* s) { s[0] += found[k]; };
-    };
-    return sums<A, 1>(walk, one).v[0];
-  }
-
-  // All threads' values combined, for every thread of the team the same bits.
-  template <int K, class Combine>
-  BLOKERN_DEVICE Sums<K> reduce(Sums<K> value, Combine combine) {
+  // All threads' values merged, for every thread of the team the same bits; merge(Sums{}, v) is v.
+  template <int K, class Merge>
+  BLOKERN_DEVICE Sums<K> reduce(Sums<K> value, Merge merge) {
     BLOKERN_SHARED(double, of_warp, K* kWarps);
-    value = over_warp(value, combine);
+    value = over_warp(value, merge);
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     if (threadIdx.x % kWarpSize == 0) {
       for (int k = 0; k < K; ++k) of_warp[k * kWarps + warp] = value.v[k];
     }
     __syncthreads();
-    for (int k = 0; k < K; ++k) {
-      value.v[k] = of_warp[k * kWarps];
-      for (int other = 1; other < kWarps; ++other) {
-        value.v[k] = combine(k, value.v[k], of_warp[k * kWarps + other]);
-      }
+    for (int other = 0; other < kWarps; ++other) {
+      Sums<K> next;
+      for (int k = 0; k < K; ++k) next.v[k] = of_warp[k * kWarps + other];
+      value = other == 0 ? next : merge(value, next);
     }
     __syncthreads();  // of_warp is free again
     if (blocks_ == 1) return value;
@@ -123,9 +172,11 @@ class Team {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     value = Sums<K>{};
     for (int block = lane; block < blocks_; block += kWarpSize) {
-      for (int k = 0; k < K; ++k) value.v[k] = combine(k, value.v[k], __ldcg(slot(block) + k));
+      Sums<K> next;
+      for (int k = 0; k < K; ++k) next.v[k] = __ldcg(slot(block) + k);
+      value = merge(value, next);
     }
-    value = over_warp(value, combine);
+    value = over_warp(value, merge);
     turn_ ^= 1;
     return value;
   }
@@ -142,18 +193,6 @@ class Team {
   }
 
  private:
-  template <int K, class Combine>
-  BLOKERN_DEVICE Sums<K> over_warp(Sums<K> value, Combine combine) {
-#pragma unroll
-    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        value.v[k] = combine(k, value.v[k], __shfl_xor_sync(kFullWarp, value.v[k], lanes));
-      }
-    }
-    return value;
-  }
-
   // Two sets, in turns: a block may hand over its next values while another still reads the last.
   BLOKERN_DEVICE double* slot(int block) const { return memory_ + (turn_ * blocks_ + block) * slots_; }
 
@@ -178,6 +217,14 @@ class Team {
   unsigned awaited_ = 0;
   int turn_ = 0;
 };
+
+// Launches kernel(p, teams), whose teams are warps, on `rows` rows.
+template <class P>
+void launch_warps(void (*kernel)(P, Teams), const P& p, int64_t rows, const CudaCall& call) {
+  if (rows == 0) return;
+  const int64_t blocks = std::min<int64_t>((rows - 1) / kWarps + 1, 1 << 20);
+  launch(kernel, blocks, kTeamThreads, false, call, p, Teams{1, 0, nullptr, nullptr});
+}
 
 // Launches kernel(p, teams) on `rows` rows of `size` elements, of which a pack has `pack`; row_bytes is what
 // a row's tensors take. sums: the kernel's blocks wait for each other; `slots` as in Teams.

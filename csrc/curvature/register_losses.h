@@ -1,41 +1,27 @@
-// The losses' Hessian-vector products on CPU tensors: checks, threads. Arithmetic:
-// softmax_cross_entropy_hvp_cpu.cpp.
-#include <ATen/Parallel.h>
+// The losses' Hessian-vector products on tensors of any device: checks, layout. Arithmetic:
+// softmax_cross_entropy_hvp_<device>. Devices: register_<device>.cpp.
+#pragma once
+
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <limits>
-#include <numeric>
 #include <tuple>
-#include <vector>
 
 #include "curvature/softmax_cross_entropy_hvp.h"
-#include "curvature/torch_cpu.h"
+#include "curvature/stacks.h"
 #include "support/dispatch.h"
 
-namespace blokern {
-namespace {
+namespace blokern::losses_ops {
 
-// Σ w_y over the labels that count; checks them all.
-double label_weights(const Tensor& labels, int64_t classes, const Tensor& weight, int64_t ignore_index) {
-  const int64_t* const label = labels.const_data_ptr<int64_t>();
-  const double* const w = weight.defined() ? weight.const_data_ptr<double>() : nullptr;
-  double total = 0;
-  for (int64_t n = 0; n < labels.numel(); ++n) {
-    if (label[n] == ignore_index) continue;
-    TORCH_CHECK_VALUE(label[n] >= 0 && label[n] < classes, "target must be in [0, ", classes, "), or ",
-                      ignore_index, " to be ignored, got ", label[n], " in row ", n);
-    total += w != nullptr ? w[label[n]] : 1;
-  }
-  return total;
-}
-
-std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp_cpu(const Tensor& logits, const Tensor& tangent,
-                                                                 const Tensor& target,
-                                                                 const OptionalTensor& weight,
-                                                                 int64_t ignore_index, bool mean,
-                                                                 double label_smoothing) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp(const Tensor& logits, const Tensor& tangent,
+                                                             const Tensor& target,
+                                                             const OptionalTensor& weight,
+                                                             int64_t ignore_index, bool mean,
+                                                             double label_smoothing) {
   checks::floating(logits, "logits");
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [N, C], got shape ", logits.sizes());
   checks::same_images(tangent, "tangent", logits, "logits");
@@ -65,14 +51,20 @@ std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp_cpu(const Tensor& l
     wide_weight = weight->to(at::kDouble).contiguous();
   }
   const Tensor z = logits.contiguous(), v = tangent.contiguous(), t = target.contiguous();
-  const double count =
-      soft ? static_cast<double>(rows) : label_weights(t, classes, wide_weight, ignore_index);
+  // What a mean divides by, of labels: Σ w_y over those that count; checks them where it can.
+  Tensor count;
+  if (!soft)
+    count = Device::label_weights(
+        {t.const_data_ptr<int64_t>(), rows, classes,
+         wide_weight.defined() ? wide_weight.const_data_ptr<double>() : nullptr, ignore_index},
+        t);
   Tensor grad = at::empty_like(z), hvp = at::empty_like(z);
-  std::vector<double> loss(rows);
+  const Tensor loss = at::empty({rows}, z.options().dtype(at::kDouble));
   dispatch_image(z.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
     const Tensor w = wide_weight.defined() ? wide_weight.to(c10::CppTypeToScalarType<A>::value) : Tensor();
-    const SoftmaxCrossEntropyHvp<T> p{classes,
+    const SoftmaxCrossEntropyHvp<T> p{rows,
+                                      classes,
                                       z.const_data_ptr<T>(),
                                       v.const_data_ptr<T>(),
                                       soft ? t.const_data_ptr<T>() : nullptr,
@@ -80,21 +72,22 @@ std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp_cpu(const Tensor& l
                                       w.defined() ? w.const_data_ptr<A>() : nullptr,
                                       ignore_index,
                                       label_smoothing,
-                                      mean ? 1 / count : 1,
+                                      mean && soft ? 1 / static_cast<double>(rows) : 1,
+                                      mean && !soft ? count.const_data_ptr<double>() : nullptr,
                                       grad.mutable_data_ptr<T>(),
                                       hvp.mutable_data_ptr<T>(),
-                                      loss.data()};
-    at::parallel_for(0, rows, grain(classes),
-                     [&](int64_t b, int64_t e) { softmax_cross_entropy_hvp(p, b, e); });
+                                      loss.mutable_data_ptr<double>()};
+    Device::run(z, rows, classes, p, BLOKERN_KERNEL(blokern::softmax_cross_entropy_hvp));
   });
-  double total = std::accumulate(loss.begin(), loss.end(), 0.0);
-  if (mean && count == 0)
-    total = std::numeric_limits<double>::quiet_NaN();  // a mean over nothing, as in torch
-  return {at::scalar_tensor(total, z.options()), grad, hvp};
+  if (mean && rows == 0) {  // a mean over nothing, as in torch
+    return {at::scalar_tensor(std::numeric_limits<double>::quiet_NaN(), z.options()), grad, hvp};
+  }
+  return {Device::sum(loss).to(z.scalar_type()), grad, hvp};
 }
 
-}  // namespace
+template <class Device>
+void implement(torch::Library& m) {
+  m.impl("softmax_cross_entropy_hvp", softmax_cross_entropy_hvp<Device>);
+}
 
-TORCH_LIBRARY_IMPL(blokern, CPU, m) { m.impl("softmax_cross_entropy_hvp", softmax_cross_entropy_hvp_cpu); }
-
-}  // namespace blokern
+}  // namespace blokern::losses_ops

@@ -1,5 +1,7 @@
-// Batch normalisation's derivatives on CPU tensors: checks, layout, threads. Arithmetic: batch_norm_cpu.cpp.
-#include <ATen/Parallel.h>
+// Batch normalisation's derivatives on tensors of any device: checks, layout. Arithmetic:
+// batch_norm_<device>. Devices: register_<device>.cpp.
+#pragma once
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -9,11 +11,10 @@
 #include <vector>
 
 #include "curvature/batch_norm.h"
-#include "curvature/torch_cpu.h"
+#include "curvature/stacks.h"
 #include "support/dispatch.h"
 
-namespace blokern {
-namespace {
+namespace blokern::batch_norm_ops {
 
 // How all tensors of a call lie: as x does if that is dense with pixels or channels innermost, else
 // contiguous.
@@ -41,14 +42,6 @@ class Layout {
     sizes.push_back(sizes[channel]);
     sizes.erase(sizes.begin() + channel);
     return at::empty(sizes, like.options()).movedim(-1, channel);
-  }
-
-  // kernel(begin, end) over channels, or over groups of that many where they are inner.
-  template <class Kernel>
-  void run(int64_t group, Kernel&& kernel) const {
-    const int64_t width = shape.channels_inner ? group : 1;
-    at::parallel_for(0, (shape.channels + width - 1) / width, grain(shape.samples * shape.pixels * width),
-                     kernel);
   }
 
   Channels shape;
@@ -94,12 +87,14 @@ class Values {
   int64_t count_;
 };
 
-void check_x(const Tensor& x) {
+inline void check_x(const Tensor& x) {
   checks::floating(x, "x");
   TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got shape ", x.sizes());
 }
 
-void check_like(const Tensor& t, const char* name, const Tensor& x) { checks::same_images(t, name, x, "x"); }
+inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
+  checks::same_images(t, name, x, "x");
+}
 
 template <class T>
 const T* data_or_null(const Tensor& t) {
@@ -110,9 +105,10 @@ T* mutable_or_null(const Tensor& t, int64_t offset) {
   return t.defined() ? t.mutable_data_ptr<T>() + offset : nullptr;
 }
 
-Tensor batch_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor& mean, const Tensor& rstd,
-                              const OptionalTensor& weight, const OptionalTensor& weight_dot,
-                              const OptionalTensor& bias_dot, const OptionalTensor& gate, bool train) {
+template <class Device>
+Tensor batch_norm_tangent(const Tensor& x, const Tensor& x_dot, const Tensor& mean, const Tensor& rstd,
+                          const OptionalTensor& weight, const OptionalTensor& weight_dot,
+                          const OptionalTensor& bias_dot, const OptionalTensor& gate, bool train) {
   check_x(x);
   const Stack stack = check_stack(x_dot, "x_dot", x, "x");
   if (gate.has_value()) check_like(*gate, "gate", x);
@@ -132,13 +128,14 @@ Tensor batch_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
                                   at_x_dot.const_data_ptr<T>() + k * size,
                                   data_or_null<T>(at_gate),
                                   y_dot.mutable_data_ptr<T>() + k * size};
-      layout.run(channel_group<T>(), [&](int64_t b, int64_t e) { batch_norm_tangent(p, b, e); });
+      Device::channels(x, p, BLOKERN_KERNEL(blokern::batch_norm_tangent));
     }
   });
   return y_dot;
 }
 
 // What both of the adjoints' ops are: tangents undefined for the adjoint alone.
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> adjoints(const Tensor& x, const Tensor& x_dot, const Tensor& grad,
                                                     const Tensor& grad_dot, const Values& values,
                                                     const OptionalTensor& gate, bool train, Stack stack,
@@ -175,25 +172,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adjoints(const Tensor& x, const Tenso
                                     mutable_or_null<T>(x_bar_dot, at),
                                     weight_bar.mutable_data_ptr<double>() + k * channels,
                                     bias_bar.mutable_data_ptr<double>() + k * channels};
-        layout.run(channel_group<T>(), [&](int64_t b, int64_t e) { batch_norm_adjoint(p, b, e); });
+        Device::channels(x, p, BLOKERN_KERNEL(blokern::batch_norm_adjoint));
       }
     });
   }
   return {x_bar, x_bar_dot, weight_bar, bias_bar};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_adjoint_cpu(const Tensor& grad, const Tensor& x,
-                                                          const Tensor& mean, const Tensor& rstd,
-                                                          const OptionalTensor& weight,
-                                                          const OptionalTensor& gate, bool train) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_adjoint(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                                      const Tensor& rstd, const OptionalTensor& weight,
+                                                      const OptionalTensor& gate, bool train) {
   check_x(x);
   const Stack stack = check_stack(grad, "grad", x, "x");
   const Values values(x, mean, rstd, weight, {}, {}, {});
-  const auto [x_bar, _, weight_bar, bias_bar] = adjoints(x, {}, grad, {}, values, gate, train, stack, true);
+  const auto [x_bar, _, weight_bar, bias_bar] =
+      adjoints<Device>(x, {}, grad, {}, values, gate, train, stack, true);
   return {x_bar, weight_bar, bias_bar};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_adjoint_tangent_cpu(
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_adjoint_tangent(
     const Tensor& grad, const Tensor& grad_dot, const Tensor& x, const Tensor& x_dot, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& weight_dot,
     const OptionalTensor& gate, bool train, bool adjoint) {
@@ -202,17 +201,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_adjoint_tangent_cpu(
   const Stack stack = check_tangents(grad_dot, x_dot, x, "x");
   const Values values(x, mean, rstd, weight, weight_dot, {}, stack);
   auto [x_bar, x_bar_dot, weight_bar, bias_bar] =
-      adjoints(x, x_dot, grad, grad_dot, values, gate, train, stack, adjoint);
+      adjoints<Device>(x, x_dot, grad, grad_dot, values, gate, train, stack, adjoint);
   if (!x_bar.defined()) x_bar = at::empty({0}, x.options());
   return {x_bar, x_bar_dot, weight_bar, bias_bar};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(blokern, CPU, m) {
-  m.impl("batch_norm_tangent", batch_norm_tangent_cpu);
-  m.impl("batch_norm_adjoint", batch_norm_adjoint_cpu);
-  m.impl("batch_norm_adjoint_tangent", batch_norm_adjoint_tangent_cpu);
+template <class Device>
+void implement(torch::Library& m) {
+  m.impl("batch_norm_tangent", batch_norm_tangent<Device>);
+  m.impl("batch_norm_adjoint", batch_norm_adjoint<Device>);
+  m.impl("batch_norm_adjoint_tangent", batch_norm_adjoint_tangent<Device>);
 }
 
-}  // namespace blokern
+}  // namespace blokern::batch_norm_ops

@@ -1,6 +1,7 @@
-// Layer and group normalisation's derivatives on CPU tensors: checks, threads. Arithmetic:
-// layer_norm_cpu.cpp.
-#include <ATen/Parallel.h>
+// Layer and group normalisation's derivatives on tensors of any device: checks. Arithmetic:
+// layer_norm_<device>. Devices: register_<device>.cpp.
+#pragma once
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -10,11 +11,10 @@
 #include <vector>
 
 #include "curvature/layer_norm.h"
-#include "curvature/torch_cpu.h"
+#include "curvature/stacks.h"
 #include "support/dispatch.h"
 
-namespace blokern {
-namespace {
+namespace blokern::layer_norm_ops {
 
 // The operands of a call as the kernels take them, checked.
 class Operands {
@@ -80,14 +80,15 @@ class Operands {
   Tensor mean_, rstd_, weight_, weight_dot_, bias_dot_;
 };
 
-void check_x(const Tensor& x) {
+inline void check_x(const Tensor& x) {
   checks::floating(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2, "x must be [rows, size], got shape ", x.sizes());
 }
 
-Tensor layer_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor& mean, const Tensor& rstd,
-                              const OptionalTensor& weight, const OptionalTensor& weight_dot,
-                              const OptionalTensor& bias_dot) {
+template <class Device>
+Tensor layer_norm_tangent(const Tensor& x, const Tensor& x_dot, const Tensor& mean, const Tensor& rstd,
+                          const OptionalTensor& weight, const OptionalTensor& weight_dot,
+                          const OptionalTensor& bias_dot) {
   check_x(x);
   const Stack stack = check_stack(x_dot, "x_dot", x, "x");
   const Operands operands(x, mean, rstd, weight, weight_dot, bias_dot, stack);
@@ -99,14 +100,14 @@ Tensor layer_norm_tangent_cpu(const Tensor& x, const Tensor& x_dot, const Tensor
       const int64_t offset = k * x.numel();
       const LayerNormTangent<T> p{at, at_x_dot.const_data_ptr<T>() + offset,
                                   y_dot.mutable_data_ptr<T>() + offset};
-      at::parallel_for(0, at.rows, grain(at.size),
-                       [&](int64_t b, int64_t e) { layer_norm_tangent(p, b, e); });
+      Device::run(x, at.rows, at.size, p, BLOKERN_KERNEL(blokern::layer_norm_tangent));
     }
   });
   return y_dot;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent(
     const Tensor& grad, const Tensor& grad_dot, const Tensor& x, const Tensor& x_dot, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& weight_dot, bool adjoint) {
   check_x(x);
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
   const Operands operands(x, mean, rstd, weight, weight_dot, {}, stack);
   const Tensor at_grad = grad.contiguous(), at_grad_dot = grad_dot.contiguous(),
                at_x_dot = x_dot.contiguous();
-  const int64_t blocks = (x.size(0) + kNormBlock - 1) / kNormBlock, vectors = stack.value_or(1);
+  const int64_t blocks = Device::norm_blocks(x, operands.kinds()), vectors = stack.value_or(1);
   const auto sums = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const Tensor weight_bars = at::zeros({vectors, blocks, operands.kinds(), x.size(1)}, sums);
   const Tensor bias_bars = at::zeros(weight_bars.sizes(), sums);
@@ -127,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
       using A = Accum<T>;
       const int64_t offset = k * x.numel(), block = k * weight_bars.stride(0);
       const LayerNormAdjointTangent<T> p{at,
+                                         blocks,
                                          at_x_dot.const_data_ptr<T>() + offset,
                                          at_grad.const_data_ptr<T>(),
                                          at_grad_dot.const_data_ptr<T>() + offset,
@@ -134,8 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
                                          x_bar_dot.mutable_data_ptr<T>() + offset,
                                          weight_bars.mutable_data_ptr<A>() + block,
                                          bias_bars.mutable_data_ptr<A>() + block};
-      at::parallel_for(0, blocks, grain(kNormBlock * at.size),
-                       [&](int64_t b, int64_t e) { layer_norm_adjoint_tangent(p, b, e); });
+      Device::run(x, blocks, kNormBlock * at.size, p, BLOKERN_KERNEL(blokern::layer_norm_adjoint_tangent));
     }
   });
   const auto total = [&](const Tensor& bars) {
@@ -145,11 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent_cpu(
   return {x_bar, x_bar_dot, total(weight_bars), total(bias_bars)};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(blokern, CPU, m) {
-  m.impl("layer_norm_tangent", layer_norm_tangent_cpu);
-  m.impl("layer_norm_adjoint_tangent", layer_norm_adjoint_tangent_cpu);
+template <class Device>
+void implement(torch::Library& m) {
+  m.impl("layer_norm_tangent", layer_norm_tangent<Device>);
+  m.impl("layer_norm_adjoint_tangent", layer_norm_adjoint_tangent<Device>);
 }
 
-}  // namespace blokern
+}  // namespace blokern::layer_norm_ops
