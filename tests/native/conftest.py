@@ -1,6 +1,7 @@
-"""The attack family's cases and oracle checks also serve its emulated CUDA kernels."""
+"""The families' cases and oracle checks also serve their emulated CUDA kernels."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "attack"))
+for family in ("attack", "sparse"):
+    sys.path.insert(0, str(Path(__file__).parent.parent / family))

@@ -16,6 +16,13 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "build" / "cuda_check"
 ARCHITECTURES = ("sm_80", "sm_90a")
+#: Kernels whose results are a few sums, and one whose inputs are too: what is theirs to stream is the rest.
+SUMS, NARROW = ("column_sums", "LabelWeightsRow"), ("column_factors",)
+SUMS += ("count_digits", "count_bits", "11pack_pieces", "multiply_few", "inner_products")
+NARROW += ("choose_digit", "mask_ties", "nm_mask_any", "transpose_halves", "count_parts", "fill_parts")
+NARROW += ("multiply_streamIfLi1", "multiply_streamIfLi2", "multiply_streamIdLi1")  # of few samples
+#: Kernels that write much, and read no more than a mask's bits.
+FILLS = ("unpack_pieces", "cleared_packs")
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
 FLAGS += [word for path in include_paths() for word in ("-isystem", path)]
 
@@ -51,12 +58,10 @@ def kernels(told: str) -> dict[str, tuple[int, int, int]]:
 
 
 def readable(names: list[str]) -> list[str]:
+    """Demangled, without namespaces and arguments."""
     told = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
-    words = re.compile(r"over_rows<blokern::(.+), blokern::\w+<(.+?)> ?>")
     return [
-        f"{match.group(1)} {match.group(2)}".replace("blokern::", "").replace("c10::", "")
-        if (match := words.search(name))
-        else name
+        re.sub(r"^void |\w+::(?=\w+[<,> ])", "", name.partition("(")[0]).replace("> >", ">>")
         for name in told.splitlines()
     ]
 
@@ -67,7 +72,12 @@ def without_wide_accesses(disassembler: str, cubin: Path) -> list[str]:
     lacking = []
     for part in re.split(r"(?=\.section\s+\.text\.)", run.stdout)[1:]:
         name = re.match(r"\.section\s+\.text\.(\w+)", part).group(1)
-        if not all(re.search(rf"\b{word}\.E\S*128", part) for word in ("LDG", "STG")):
+        if any(narrow in name for narrow in NARROW):
+            continue
+        wanted = ("LDG",) if any(sums in name for sums in SUMS) else ("LDG", "STG")
+        wanted = ("STG",) if any(fills in name for fills in FILLS) else wanted
+        bits = 64 if "column_" in name and re.search("Half|BFloat16", name) else 128  # packs of four elements
+        if not all(re.search(rf"\b{word}\.E\S*{bits}", part) for word in wanted):
             lacking.append(name)
     return lacking
 
@@ -94,9 +104,10 @@ def main() -> None:
         if disassembler is not None:
             lacking = without_wide_accesses(disassembler, cubin)
             faults += [f"{name}, {arch}: no 128-bit loads or stores" for name in readable(lacking) if lacking]
-    print(f"{'registers':44}{''.join(f'{arch:>8}' for arch in ARCHITECTURES)}")
+    width = max(map(len, table))
+    print(f"{'registers':{width}}{''.join(f'{arch:>8}' for arch in ARCHITECTURES)}")
     for name, by_arch in sorted(table.items()):
-        print(f"{name:44}{''.join(f'{by_arch[arch]:8}' for arch in ARCHITECTURES)}")
+        print(f"{name:{width}}{''.join(f'{by_arch[arch]:8}' for arch in ARCHITECTURES)}")
     if faults:
         raise SystemExit("\n".join(["cuda-check failed:", *faults]))
     seen = "128-bit loads and stores in each" if disassembler else "no nvdisasm: SASS not looked at"
