@@ -20,6 +20,7 @@ from blokern.ops.curvature import (
     softmax_cross_entropy_hvp,
 )
 from blokern.ops.mask import SparseMask
+from blokern.ops.multi_tensor import cg_update_, multi_tensor_axpby_, multi_tensor_dot
 from blokern.ops.products import masked_linear, sddmm, spmm
 from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
 from blokern.ops.selection import channel_mask, filter_mask, nm_mask, topk_mask
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_tangent",
     "bip_released_step_",
     "bip_score_step_",
+    "cg_update_",
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
@@ -45,6 +47,8 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_sgd_step_",
+    "multi_tensor_axpby_",
+    "multi_tensor_dot",
     "nm_mask",
     "pgd_step",
     "pgd_step_",
