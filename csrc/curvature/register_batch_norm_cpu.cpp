@@ -79,6 +79,7 @@ class Values {
   static Tensor channels(const OptionalTensor& t, const char* name, const Tensor& x, Stack stack) {
     if (!t.has_value()) return {};
     checks::same_device(*t, name, x, "x");
+    checks::constant(*t, name);
     const bool fits = stack.has_value() ? t->dim() == 2 && t->size(0) == *stack && t->size(1) == x.size(1)
                                         : t->dim() == 1 && t->size(0) == x.size(1);
     TORCH_CHECK_VALUE(fits, name, " must have one value for each of ", x.size(1),
@@ -99,7 +100,10 @@ void check_x(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, "x must be [N, C, ...], got shape ", x.sizes());
 }
 
-void check_like(const Tensor& t, const char* name, const Tensor& x) { checks::same_images(t, name, x, "x"); }
+void check_like(const Tensor& t, const char* name, const Tensor& x) {
+  checks::same_images(t, name, x, "x");
+  checks::constant(t, name);
+}
 
 template <class T>
 const T* data_or_null(const Tensor& t) {
