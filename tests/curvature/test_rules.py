@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -81,6 +82,10 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
             "relu6": F.relu6,
             "hardtanh": partial(F.hardtanh, min_val=-0.3, max_val=0.4),
             "hardswish": lambda a: F.hardswish(5 * a),
+            "hardsigmoid": lambda a: F.hardsigmoid(5 * a),
+            "hardshrink": partial(F.hardshrink, lambd=0.3),
+            "softshrink": partial(F.softshrink, lambd=0.2),
+            "mish": F.mish,
             "logsigmoid": F.logsigmoid,
             "threshold": lambda a: F.threshold(a, 0.1, 0.7),
             "clamp": lambda a: a.clamp(-0.3, 0.4),
@@ -105,6 +110,8 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "div": (lambda a, b: a / (2.0 + b), (VECTORS, (3,))),
     "maximum": (torch.maximum, (VECTORS, VECTORS)),
     "minimum of equals": (lambda a: torch.minimum(a, a), (VECTORS,)),
+    "prelu": (F.prelu, (IMAGE, (4,))),
+    "prelu of one slope": (F.prelu, (VECTORS, (1,))),
     "where": (lambda a, b: torch.where(a > b, a, b * b), (VECTORS, (3,))),
     "where number": (lambda a: torch.where(a > 0, a, 1.0), (VECTORS,)),
     "where other number": (lambda a: torch.where(a > 0, 1.0, a), (VECTORS,)),
@@ -285,16 +292,22 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+#: The same function, where torch has no second derivative of a case.
+TWINS: dict[str, Function] = {"hardsigmoid": lambda a: F.relu6(5 * a + 3) / 6}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_products_equal_double_backward(case: str) -> None:
     f, shapes = CASES[case]
     torch.manual_seed(0)
     model = Applied(f, *shapes)
     x = torch.randn(shapes[0], dtype=torch.float64)
-    # torch's own second derivatives of these two have constants of float32.
-    rtol = 1e-6 if case in ("hardswish", "celu") else 1e-9
+    twin = deepcopy(model)
+    twin.f = TWINS.get(case, f)
+    # torch's own derivatives of these have constants of float32.
+    rtol = 1e-6 if case in ("hardsigmoid", "hardswish", "celu") else 1e-9
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        oracles.check_products(model, wavy, x, None, rtol)
+        oracles.check_products(model, wavy, x, None, rtol, twin=twin)
 
 
 NORMS = [case for case in CASES if "norm" in case]

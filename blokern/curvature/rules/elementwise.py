@@ -142,6 +142,11 @@ def _elu_slope(v: Tensor, a: Tensor, alpha: float = 1, scale: float = 1, input_s
     return out
 
 
+def _mish_curvature(a: Tensor) -> Tensor:
+    t, s = torch.tanh(torch.nn.functional.softplus(a)), torch.sigmoid(a)
+    return (1.0 - t * t) * s * (2.0 + a * (1.0 - s - 2.0 * t * s))
+
+
 def _log_sigmoid_slope(v: Tensor, a: Tensor) -> Tensor:
     return (wide(v) * torch.sigmoid(-wide(a))).to(v.dtype)
 
@@ -194,6 +199,10 @@ _UNARY: dict[Any, Rule] = {
     aten.hardswish.default: _by_input(
         aten.hardswish_backward, lambda a: torch.where(a.abs() < 3, 1.0 / 3.0, 0.0)
     ),
+    aten.hardsigmoid.default: _by_input(aten.hardsigmoid_backward, None),
+    aten.hardshrink.default: _by_input(lambda v, a, at=0.5: aten.hardshrink_backward(v, a, at), None),
+    aten.softshrink.default: _by_input(lambda v, a, by=0.5: aten.softshrink_backward(v, a, by), None),
+    aten.mish.default: _by_input(aten.mish_backward, _mish_curvature),
     aten.log_sigmoid_forward.default: lambda call: Unary(
         call._replace(out=call.out[0]), False, _log_sigmoid_slope, _log_sigmoid_curvature
     ),
@@ -362,6 +371,41 @@ class Extreme(Op):
         )
 
 
+class PReLU(Op):
+    """y = a for a > 0, else w a; w broadcast."""
+
+    def setup(self, out: Tensor, a: Tensor, w: Tensor) -> Sequence[Tensor]:
+        return a, w
+
+    def tangent(self, *tangents: Maybe) -> Maybe:
+        a, w = self.saved
+        a_dot, w_dot = tangents
+        below = add(None if a_dot is None else w * a_dot, None if w_dot is None else w_dot * a)
+        assert below is not None
+        return self.to_output(torch.where(a > 0, 0.0 if a_dot is None else a_dot, below))
+
+    def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
+        a, w = self.saved
+        return (
+            self.to_operand(torch.where(a > 0, grad, w * grad), 0) if wanted[0] else None,
+            self.to_operand(torch.where(a > 0, 0.0, a * grad), 1) if wanted[1] else None,
+        )
+
+    def adjoint_tangent(
+        self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        by_a, by_w = (None, None) if grad_dot is None else self.adjoint(grad_dot, wanted)
+        if grad is None:
+            return by_a, by_w
+        a_dot, w_dot = tangents
+        below = self.saved[0] <= 0
+        if wanted[0] and w_dot is not None:
+            by_a = add(by_a, self.to_operand(torch.where(below, w_dot * grad, 0.0), 0))
+        if wanted[1] and a_dot is not None:
+            by_w = add(by_w, self.to_operand(torch.where(below, a_dot * grad, 0.0), 1))
+        return by_a, by_w
+
+
 class Copy(Op):
     """y = b, broadcast to a and in its dtype: a.copy_(b)."""
 
@@ -390,5 +434,6 @@ RULES: dict[Any, Rule] = _UNARY | {
     aten.masked_fill.Tensor: MaskedFill,
     aten.maximum.default: partial(Extreme, sign=1),
     aten.minimum.default: partial(Extreme, sign=-1),
+    aten._prelu_kernel.default: PReLU,
     aten.copy.default: Copy,
 }
