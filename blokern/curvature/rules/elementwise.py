@@ -172,6 +172,9 @@ _KERNELS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     aten.celu.default: lambda alpha=1: ("elu", alpha, 1, 1 / alpha),
 }
 
+#: Constant between their steps.
+_STEPS = (aten.sign.default, aten.round.default, aten.floor.default, aten.ceil.default)
+
 _UNARY: dict[Any, Rule] = {
     aten.neg.default: _by_input(lambda v, a: -v, None),
     aten.relu.default: _by_output(lambda v, y: aten.threshold_backward(v, y, 0), None),
@@ -217,6 +220,19 @@ _UNARY: dict[Any, Rule] = {
     aten.reciprocal.default: _by_output(_slope(lambda y: -y * y), lambda y: 2.0 * y * y * y),
     aten.sin.default: _by_input(lambda v, a: v * torch.cos(a), lambda a: -torch.sin(a)),
     aten.cos.default: _by_input(lambda v, a: -v * torch.sin(a), lambda a: -torch.cos(a)),
+    aten.tan.default: _by_output(_slope(lambda y: 1.0 + y * y), lambda y: 2.0 * y * (1.0 + y * y)),
+    aten.atan.default: _by_input(
+        _slope(lambda a: 1.0 / (1.0 + a * a)), lambda a: -2.0 * a / ((1.0 + a * a) * (1.0 + a * a))
+    ),
+    aten.sinh.default: _by_input(lambda v, a: v * torch.cosh(a), torch.sinh),
+    aten.cosh.default: _by_input(lambda v, a: v * torch.sinh(a), torch.cosh),
+    aten.log2.default: _by_input(
+        lambda v, a: v / (a * math.log(2.0)), lambda a: -1.0 / (a * a * math.log(2.0))
+    ),
+    aten.log10.default: _by_input(
+        lambda v, a: v / (a * math.log(10.0)), lambda a: -1.0 / (a * a * math.log(10.0))
+    ),
+    **{op: _by_input(lambda v, a: torch.zeros_like(v), None) for op in _STEPS},
     aten.erf.default: _by_input(
         _slope(lambda a: 2.0 / math.sqrt(math.pi) * torch.exp(-a * a)),
         lambda a: -4.0 / math.sqrt(math.pi) * a * torch.exp(-a * a),
@@ -371,41 +387,6 @@ class Extreme(Op):
         )
 
 
-class PReLU(Op):
-    """y = a for a > 0, else w a; w broadcast."""
-
-    def setup(self, out: Tensor, a: Tensor, w: Tensor) -> Sequence[Tensor]:
-        return a, w
-
-    def tangent(self, *tangents: Maybe) -> Maybe:
-        a, w = self.saved
-        a_dot, w_dot = tangents
-        below = add(None if a_dot is None else w * a_dot, None if w_dot is None else w_dot * a)
-        assert below is not None
-        return self.to_output(torch.where(a > 0, 0.0 if a_dot is None else a_dot, below))
-
-    def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
-        a, w = self.saved
-        return (
-            self.to_operand(torch.where(a > 0, grad, w * grad), 0) if wanted[0] else None,
-            self.to_operand(torch.where(a > 0, 0.0, a * grad), 1) if wanted[1] else None,
-        )
-
-    def adjoint_tangent(
-        self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
-    ) -> Sequence[Maybe]:
-        by_a, by_w = (None, None) if grad_dot is None else self.adjoint(grad_dot, wanted)
-        if grad is None:
-            return by_a, by_w
-        a_dot, w_dot = tangents
-        below = self.saved[0] <= 0
-        if wanted[0] and w_dot is not None:
-            by_a = add(by_a, self.to_operand(torch.where(below, w_dot * grad, 0.0), 0))
-        if wanted[1] and a_dot is not None:
-            by_w = add(by_w, self.to_operand(torch.where(below, a_dot * grad, 0.0), 1))
-        return by_a, by_w
-
-
 class Copy(Op):
     """y = b, broadcast to a and in its dtype: a.copy_(b)."""
 
@@ -425,6 +406,7 @@ RULES: dict[Any, Rule] = _UNARY | {
     aten.add.Tensor: Sum,
     aten.add.Scalar: Sum,
     aten.sub.Tensor: partial(Sum, sign=-1.0),
+    aten.sub.Scalar: partial(Sum, sign=-1.0),
     aten.rsub.Tensor: partial(Sum, first=-1.0, swapped=True),
     aten.rsub.Scalar: partial(Sum, first=-1.0, swapped=True),
     aten.div.Tensor: Divide,
@@ -434,6 +416,5 @@ RULES: dict[Any, Rule] = _UNARY | {
     aten.masked_fill.Tensor: MaskedFill,
     aten.maximum.default: partial(Extreme, sign=1),
     aten.minimum.default: partial(Extreme, sign=-1),
-    aten._prelu_kernel.default: PReLU,
     aten.copy.default: Copy,
 }
