@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from commands import error
 
 from blokern import cli, data, models
-from blokern.bilevel import Plain, PlainSettings, Trainer, TrainSettings, checkpoint
+from blokern.bilevel import BiP, BiPSettings, Plain, PlainSettings, Trainer, TrainSettings, checkpoint
 from blokern.curvature import GGNOperator, HessianOperator
 from blokern.curvature.vectors import flatten, unflatten
 
@@ -110,3 +110,23 @@ def test_a_run_that_does_not_name_its_data_is_explained(tmp_path, capsys):
     assert "does not say what data its network was trained on" in message
     train(tmp_path / "b", {})
     assert "does not say how its network is built" in error(capsys, "spectrum", tmp_path / "b" / "last.pt")
+
+
+def test_spectrum_of_a_pruned_network(tmp_path):
+    network = {"name": "small_cnn", "num_classes": 3, "in_channels": 1, "width": 1}
+    splits = data.load(DATA["name"], train_limit=60)
+    settings = TrainSettings(epochs=1, batch_size=20, val_steps=0)
+    model = models.build(**network)
+    rule = BiP(model, settings.optimizer(model), BiPSettings(density=0.3))
+    recipe = {"model": network, "data": {"name": DATA["name"], "train_limit": 60}}
+    Trainer(rule, splits, settings, tmp_path, recipe=recipe).fit()
+    path = tmp_path / "last.pt"
+    command = ["spectrum", str(path), *QUICK, "--steps=12", "--json", str(tmp_path / "result.json")]
+    assert cli.main(command) == 0
+    sparse = checkpoint.load_model(checkpoint.load(path), path).eval()
+    exact = matrix(HessianOperator, sparse, splits.train)
+    assert int((exact == 0).all(1).sum()) > 100  # pruned weights have no curvature
+    values = torch.linalg.eigvalsh(exact)
+    found = json.loads((tmp_path / "result.json").read_text())["largest"][0]
+    scale = values.abs().max().item()
+    assert found["value"] == pytest.approx(values[-1].item(), abs=found["error"] + 1e-3 * scale)
