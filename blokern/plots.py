@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, its adversarial examples, and the comparison of methods.
+"""Pictures of a run: its curves, adversarial examples and curvature, and the comparison of methods.
 
 Figures are made without pyplot, so there is no window and no state shared with the caller's own plots.
 """
@@ -6,17 +6,20 @@ Figures are made without pyplot, so there is no window and no state shared with 
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from blokern.bilevel.checkpoint import write_atomically
+from blokern.curvature import SpectralDensity
 
-__all__ = ["comparison", "curves", "examples", "layers", "minutes", "sparsity"]
+__all__ = ["comparison", "curves", "examples", "layers", "minutes", "sparsity", "spectrum"]
 
 #: By label of the method, by density, a value for each seed.
 Points: TypeAlias = Mapping[str, Mapping[float, Sequence[float]]]
@@ -216,6 +219,37 @@ def layers(kept: Mapping[float, Mapping[str, Mapping[str, float]]], path: str | 
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("weights kept in the layer (%)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    _write(figure, path)
+
+
+def spectrum(density: SpectralDensity, size: int, title: str, path: str | Path) -> None:
+    """Draw how the eigenvalues of a matrix are distributed, on a logarithmic scale down to a part of one eigenvalue.
+
+    Args:
+        density: the distribution.
+        size: the matrix's rows.
+        title: the matrix's name.
+        path: the PNG to write.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    >>> hessian = HessianOperator(model, F.cross_entropy, loader)
+    >>> spectrum(spectral_density(hessian), hessian.shape[0], "Hessian", "spectrum.png")
+    """
+    least, most = density.values.min().item(), density.values.max().item()
+    reach = (most - least) or abs(most) or 1.0
+    width = reach / 200
+    points = torch.linspace(least - 0.05 * reach, most + 0.05 * reach, 1000, dtype=torch.float64)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    height = density(points, width)
+    one = 1 / (size * width * math.sqrt(2 * math.pi))  # a single eigenvalue's peak
+    axes.fill_between(points, height, alpha=0.3)
+    axes.plot(points, height)
+    axes.set_yscale("log")
+    axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(one / 10, 2 * float(height.max())))
+    axes.grid(alpha=0.3)
     _write(figure, path)
 
 

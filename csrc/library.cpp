@@ -114,6 +114,13 @@ constexpr const char* kCurvature[] = {
 #undef STATISTICS
 #undef ACTIVATION
 
+// Vectors are lists of stacks [K, ...], a row a column; coefficients and sums are float64 [K].
+constexpr const char* kVectors[] = {
+    "multi_tensor_dot(Tensor[] a, Tensor[] b) -> Tensor",
+    "multi_tensor_axpby_(Tensor(a!)[] y, Tensor[] x, Tensor a, Tensor b) -> ()",
+    "cg_update_(Tensor(a!)[] x, Tensor(b!)[] r, Tensor[] p, Tensor[] ap, Tensor alpha) -> Tensor",
+};
+
 std::string replaced(std::string text, const std::string& word, const std::string& by) {
   for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
     text.replace(at, word.size(), by);
@@ -142,5 +149,6 @@ TORCH_LIBRARY(blokern, m) {
   for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kSelections) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kCurvature) m.def(schema, {at::Tag::pt2_compliant_tag});
+  for (const char* schema : kVectors) m.def(schema, {at::Tag::pt2_compliant_tag});
   for (const char* schema : kSteps) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blokern import plots
+from blokern.curvature import SpectralDensity
 
 RECORDS = [
     {"epoch": epoch, "loss": 1 / epoch, "val_accuracy": 0.5, "val_robust_accuracy": 0.3}
@@ -43,6 +44,14 @@ def test_comparison(tmp_path):
     results = {"fast-at": {"SA": [0.8], "RA": [0.4]}, "fast-bat": {"SA": [0.8, 0.9], "RA": [0.45, 0.5]}}
     plots.comparison(results, tmp_path / "comparison.png")
     assert_png(tmp_path / "comparison.png")
+
+
+@pytest.mark.parametrize("values", [[-0.5, 0.0, 0.1, 20.0], [0.0], [3.0, 3.0]])
+def test_spectrum(tmp_path, values):
+    masses = torch.full((len(values),), 1 / len(values), dtype=torch.float64)
+    density = SpectralDensity(torch.tensor(values, dtype=torch.float64), masses)
+    plots.spectrum(density, 1000, "Hessian", tmp_path / "spectrum.png")
+    assert_png(tmp_path / "spectrum.png")
 
 
 ACCURACIES = {"omp": {0.1: [0.9, 0.92], 0.02: [0.8, 0.85]}, "bip": {0.1: [0.95], 0.02: [0.9]}}

@@ -17,6 +17,7 @@ from blokern.cli.export import export
 from blokern.cli.info import info
 from blokern.cli.options import check_known, first_line
 from blokern.cli.prune import prune
+from blokern.cli.spectrum import spectrum
 from blokern.cli.train import train
 
 __all__ = ["COMMANDS", "main"]
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "compare": compare,
     "export": export,
+    "spectrum": spectrum,
     "bench": bench,
     "info": info,
 }

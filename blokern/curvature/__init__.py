@@ -3,7 +3,14 @@
 from blokern.curvature.linearization import Linearization, LossFn, ggnvp, hvp, linearize, mixed_hvp
 from blokern.curvature.operators import CurvatureOperator, GGNOperator, HessianOperator
 from blokern.curvature.solvers import Operator, Solution, cg_solve, inverse_hvp, neumann_solve
-from blokern.curvature.spectrum import RitzValues, TraceEstimate, hutchinson_trace, lanczos
+from blokern.curvature.spectrum import (
+    RitzValues,
+    SpectralDensity,
+    TraceEstimate,
+    hutchinson_trace,
+    lanczos,
+    spectral_density,
+)
 
 __all__ = [
     "CurvatureOperator",
@@ -14,6 +21,7 @@ __all__ = [
     "Operator",
     "RitzValues",
     "Solution",
+    "SpectralDensity",
     "TraceEstimate",
     "cg_solve",
     "ggnvp",
@@ -24,4 +32,5 @@ __all__ = [
     "linearize",
     "mixed_hvp",
     "neumann_solve",
+    "spectral_density",
 ]

@@ -26,7 +26,7 @@ Vector = Mapping[str, Tensor]
 
 
 class Linearization:
-    """A loss and its input gradient at one batch, kept so that products can be taken; see `linearize`.
+    """A loss and its input gradient at one batch, kept so that products can be taken, as :func:`linearize` returns it.
 
     loss: scalar, detached. grad_input: ∇ₓℓ, detached, shape and dtype of x.
 
@@ -94,7 +94,9 @@ class Linearization:
         """∇ₓ⟨∇_θℓ, v⟩, the transpose of `mixed_hvp`: ⟨mixed_hvp(u), v⟩ = ⟨u, mixed_hvp_transpose(v)⟩. Four sweeps.
 
         >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
-        >>> at_x.mixed_hvp_transpose({name: torch.ones_like(p) for name, p in model.named_parameters()}).shape
+        >>> v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        >>> at_x.mixed_hvp_transpose(v).shape == x.shape
+        True
         """
         assert self._x is not None
         size = check_vector(v, self._parameters)
@@ -151,7 +153,7 @@ def linearize(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linear
     not finite, naming the module where that starts.
 
     >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
-    >>> at_x.loss, at_x.grad_input, at_x.mixed_hvp(u)
+    >>> loss, gradient, products = at_x.loss, at_x.grad_input, at_x.mixed_hvp(u)
     """
     at_x = _record_with_input(model, loss_fn, x, y)
     _ = at_x.grad_input
@@ -195,6 +197,7 @@ def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor
 
     >>> products = mixed_hvp(model, torch.nn.functional.cross_entropy, x, y, u)
     >>> products["fc.weight"].shape == model.fc.weight.shape
+    True
     """
     return _record_with_input(model, loss_fn, x, y).mixed_hvp(u)
 

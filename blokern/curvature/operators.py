@@ -25,6 +25,8 @@ Batches = Iterable[tuple[Any, Any]]
 class CurvatureOperator:
     """A symmetric matrix C + damping · I in the space of parameters, C summed up over batches.
 
+    Made as :class:`HessianOperator` or :class:`GGNOperator`.
+
     Args:
         model, loss_fn: as in `linearize`; loss_fn(model(x), y) is a scalar. The model is left as it was: buffers,
             random state and mode.

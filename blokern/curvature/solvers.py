@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blokern import ops
 from blokern._names import unknown_name
 from blokern.curvature.linearization import LossFn
 from blokern.curvature.operators import Batches, GGNOperator, HessianOperator
-from blokern.curvature.vectors import check_vector, flatten, unflatten
+from blokern.curvature.vectors import check_vector
 
 __all__ = ["Operator", "Solution", "cg_solve", "inverse_hvp", "neumann_solve"]
 
@@ -22,6 +23,13 @@ class Operator(Protocol):
     """A symmetric matrix in the space of `parameters`: `HessianOperator`, `GGNOperator`, or one's own.
 
     `operator @ v` takes and gives dicts by parameter name, and stacks of them.
+
+    >>> class Twice:
+    ...     parameters = {"p": torch.zeros(2)}
+    ...     def __matmul__(self, v):
+    ...         return {"p": 2 * v["p"]}
+    >>> cg_solve(Twice(), {"p": torch.ones(2)}).x
+    {'p': tensor([0.5000, 0.5000])}
     """
 
     @property
@@ -32,8 +40,9 @@ class Operator(Protocol):
 
 @dataclass(frozen=True)
 class Solution:
-    """Of A x = b for one b, or for each of a stack of K; flags and residuals are then [K], else scalar tensors.
+    """Of A x = b for one b, or for each of a stack of K, as :func:`cg_solve` returns it.
 
+    For a stack, flags and residuals are [K], else scalar tensors.
     x: like b. residual: ‖b − A x‖ / ‖b‖, as the iteration carries it. converged: residual ≤ tol. indefinite: a
     direction p with pᵀAp ≤ 0 was met, where a system's iteration stops: A is not positive definite, and x is
     the last iterate. steps: products taken.
@@ -66,19 +75,27 @@ def cg_solve(
 
     >>> ggn = GGNOperator(model, F.cross_entropy, loader, damping=1e-3)
     >>> solution = cg_solve(ggn, gradient)
+    >>> bool(solution.converged), bool(solution.indefinite)
+    (True, False)
     """
-    space = _Space(operator, b, "b")
-    rhs = space.flat(b)
-    x = torch.zeros_like(rhs) if x0 is None else space.flat(x0, "x0").clone()
-    r = rhs - space.multiply(x) if x0 is not None else rhs.clone()
-    size = _dot(rhs, rhs).sqrt()
+    space = _Space(operator, b)
+    r = [t.clone() for t in space.stacks(b, "b")]
+    size = ops.multi_tensor_dot(r, r).sqrt()
+    one = torch.ones_like(size)
+    if x0 is None:
+        x = [torch.zeros_like(t) for t in r]
+    else:
+        x = [t.clone() for t in space.stacks(x0, "x0")]
+        ops.multi_tensor_axpby_(r, space.multiply(x), -one, one)
 
-    def precondition(r: Tensor) -> Tensor:
-        return r if preconditioner is None else space.flat(preconditioner(space.vectors(r)))
+    def precondition(r: list[Tensor]) -> list[Tensor]:
+        if preconditioner is None:
+            return r
+        return space.listed(preconditioner(space.vectors(r)), "preconditioner(b)")
 
     z = precondition(r)
-    p, rz = z, _dot(r, z)
-    residual = _dot(r, r).sqrt()
+    p, rz = [t.clone() for t in z], ops.multi_tensor_dot(r, z)
+    residual = ops.multi_tensor_dot(r, r).sqrt()
     converged = residual <= tol * size
     indefinite = torch.zeros_like(converged)
     steps = 0 if x0 is None else 1
@@ -88,17 +105,15 @@ def cg_solve(
             break
         ap = space.multiply(p)
         steps += 1
-        curvature = _dot(p, ap)
+        curvature = ops.multi_tensor_dot(p, ap)
         indefinite |= active & ~(curvature > 0)  # a NaN too
         active &= ~indefinite
-        alpha = torch.where(active, rz / curvature, 0.0)[:, None].to(x.dtype)
-        x = x + alpha * torch.where(active[:, None], p, 0.0)
-        r = r - alpha * torch.where(active[:, None], ap, 0.0)
-        residual = _dot(r, r).sqrt()
-        converged = converged | (active & (residual <= tol * size))
+        squares = ops.cg_update_(x, r, p, ap, torch.where(active, rz / curvature, 0.0))
+        residual = squares.sqrt()
+        converged |= active & (residual <= tol * size)
         z = precondition(r)
-        rz, before = _dot(r, z), rz
-        p = z + torch.where(active, rz / before, 0.0)[:, None].to(x.dtype) * p
+        rz, before = squares if z is r else ops.multi_tensor_dot(r, z), rz
+        ops.multi_tensor_axpby_(p, z, one, torch.where(active, rz / before, 0.0))
     return space.solution(x, torch.where(size > 0, residual / size, 0.0), converged, indefinite, steps)
 
 
@@ -120,21 +135,19 @@ def neumann_solve(
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    space = _Space(operator, b, "b")
-    rhs = space.flat(b)
-    size = _dot(rhs, rhs).sqrt()
-    x, r = torch.zeros_like(rhs), rhs.clone()  # the residual of x is the series' next term over s
-    residual = size
+    space = _Space(operator, b)
+    r = [t.clone() for t in space.stacks(b, "b")]
+    x = [torch.zeros_like(t) for t in r]
+    residual = size = ops.multi_tensor_dot(r, r).sqrt()
     converged = residual <= tol * size
     steps = 0
     for _ in tqdm(range(max_steps), desc="Neumann", disable=not progress, leave=False):
         active = ~converged & (residual < 1e3 * size)
         if not active.any():
             break
-        x = x + torch.where(active[:, None], scale * r, 0.0)
-        r = r - torch.where(active[:, None], scale * space.multiply(r), 0.0)
+        # The residual of x is the series' next term over s.
+        residual = ops.cg_update_(x, r, r, space.multiply(r), scale * active.double()).sqrt()
         steps += 1
-        residual = _dot(r, r).sqrt()
         converged = residual <= tol * size
     indefinite = torch.zeros_like(converged)
     return space.solution(x, torch.where(size > 0, residual / size, 0.0), converged, indefinite, steps)
@@ -169,36 +182,33 @@ def inverse_hvp(
 
 
 class _Space:
-    """Vectors as rows of one matrix [K, n], and back: what an iteration works on."""
+    """Vectors as lists of stacks, one tensor a parameter and one row a system, and back: what an iteration works on."""
 
-    def __init__(self, operator: Operator, b: Mapping[str, Tensor], name: str) -> None:
+    def __init__(self, operator: Operator, b: Mapping[str, Tensor]) -> None:
         self.operator, self.like = operator, operator.parameters
-        self.stack = check_vector(b, self.like, name)
+        self.stack = check_vector(b, self.like, "b")
 
-    def flat(self, v: Mapping[str, Tensor], name: str = "b") -> Tensor:
+    def stacks(self, v: Mapping[str, Tensor], name: str) -> list[Tensor]:
+        stacks = self.listed(v, name)
+        if not all(t.isfinite().all() for t in stacks):
+            raise ValueError(f"{name} must be finite")
+        return stacks
+
+    def listed(self, v: Mapping[str, Tensor], name: str) -> list[Tensor]:
         if check_vector(v, self.like, name) != self.stack:
             raise ValueError(f"{name} must be a stack like b")
-        rows = flatten(v, self.like)
-        if not rows.isfinite().all():
-            raise ValueError(f"{name} must be finite")
-        return rows if self.stack is not None else rows[None]
+        return [v[key].detach()[None] if self.stack is None else v[key].detach() for key in self.like]
 
-    def vectors(self, rows: Tensor) -> dict[str, Tensor]:
-        return unflatten(rows if self.stack is not None else rows[0], self.like)
+    def vectors(self, stacks: list[Tensor]) -> dict[str, Tensor]:
+        single = self.stack is None
+        return {name: t[0] if single else t for name, t in zip(self.like, stacks, strict=True)}
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        product = flatten(self.operator @ self.vectors(rows), self.like)
-        return product if self.stack is not None else product[None]
+    def multiply(self, stacks: list[Tensor]) -> list[Tensor]:
+        return self.listed(self.operator @ self.vectors(stacks), "operator @ b")
 
     def solution(
-        self, x: Tensor, residual: Tensor, converged: Tensor, indefinite: Tensor, steps: int
+        self, x: list[Tensor], residual: Tensor, converged: Tensor, indefinite: Tensor, steps: int
     ) -> Solution:
         if self.stack is None:
             residual, converged, indefinite = residual[0], converged[0], indefinite[0]
         return Solution(self.vectors(x), residual, converged, indefinite, steps)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, in float64."""
-    products: Tensor = torch.linalg.vecdot(a.double(), b.double())
-    return products

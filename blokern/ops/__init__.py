@@ -20,6 +20,7 @@ from blokern.ops.curvature import (
     softmax_cross_entropy_hvp,
 )
 from blokern.ops.mask import SparseMask
+from blokern.ops.multi_tensor import cg_update_, multi_tensor_axpby_, multi_tensor_dot
 from blokern.ops.packed import PackedWeight, pack_weight, packed_linear
 from blokern.ops.products import masked_linear, sddmm, spmm
 from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
@@ -39,6 +40,7 @@ __all__ = [
     "batch_norm_tangent",
     "bip_released_step_",
     "bip_score_step_",
+    "cg_update_",
     "channel_mask",
     "fast_bat_step",
     "filter_mask",
@@ -47,6 +49,8 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_sgd_step_",
+    "multi_tensor_axpby_",
+    "multi_tensor_dot",
     "nm_mask",
     "pack_weight",
     "packed_linear",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ __all__ = [
     "batch_norm_adjoint",
     "batch_norm_adjoint_tangent",
     "batch_norm_tangent",
+    "cg_update_",
     "layer_norm_adjoint_tangent",
     "layer_norm_tangent",
+    "multi_tensor_axpby_",
+    "multi_tensor_dot",
     "softmax_cross_entropy_hvp",
 ]
 
@@ -230,3 +233,28 @@ def _project(a: Tensor, normal: Tensor, train: bool) -> Tensor:
         return a
     dims = _but_channels(a)
     return a - a.mean(dims, keepdim=True) - normal * (normal * a).mean(dims, keepdim=True)
+
+
+def multi_tensor_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    products = [(s.double() * t.double())[..., None].flatten(1).sum(1) for s, t in zip(a, b, strict=True)]
+    return torch.stack(products).sum(0)
+
+
+def multi_tensor_axpby_(y: Sequence[Tensor], x: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    for s, t in zip(y, x, strict=True):
+        s.copy_(_scaled(t, a) + _scaled(s, b))
+
+
+def cg_update_(
+    x: Sequence[Tensor], r: Sequence[Tensor], p: Sequence[Tensor], ap: Sequence[Tensor], alpha: Tensor
+) -> Tensor:
+    one = torch.ones_like(alpha)
+    multi_tensor_axpby_(x, p, alpha, one)
+    multi_tensor_axpby_(r, ap, -alpha, one)
+    return multi_tensor_dot(r, r)
+
+
+def _scaled(t: Tensor, by: Tensor) -> Tensor:
+    """Column by column; 0 where the factor is 0."""
+    factor = by.reshape(-1, *[1] * (t.dim() - 1))
+    return torch.where(factor != 0, factor * t.double(), 0.0)

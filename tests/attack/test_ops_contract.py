@@ -87,6 +87,7 @@ def test_every_schema_is_checked_here() -> None:
         "layer_norm_adjoint_tangent",
         "layer_norm_tangent",
         "softmax_cross_entropy_hvp",
+        *ops.multi_tensor.__all__,
         *(f"{name}_adjoint_tangent" for name in ops.curvature.ACTIVATIONS),
     }  # in tests/curvature
     assert registered - sparse - curvature == set(SCHEMAS)

@@ -230,6 +230,19 @@ def test_layer_norm_over_shapes(op: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in same)
 
 
+@pytest.mark.parametrize("op", ROW_ARGUMENTS)
+def test_layer_norm_of_a_row_that_is_not_finite(op: str) -> None:
+    for dtype in (torch.float64, torch.float32):
+        case = layer_norm_case(6, 33, 3, dtype)
+        expected = row_call(ops, op, case)
+        case["x_dot"][2, 5] = torch.nan
+        found = row_call(ops, op, case)
+        rows = [0, 1, 3, 4, 5]
+        which = 1 if "adjoint" in op else 0
+        assert torch.equal(found[which][rows], expected[which][rows])
+        assert found[which][2].isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore:var")
 def test_layer_norm_of_nothing() -> None:
     case = layer_norm_case(0, 4, 1, torch.float32)
@@ -364,12 +377,39 @@ def test_cross_entropy(
         close(results[:1], (loss,), dtype)
 
 
-def test_cross_entropy_is_differentiated_right() -> None:
-    (logits, tangent, target), _ = cross_entropy_case(6, 9, torch.float64)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["labels", "ignored class", "soft"])
+def test_cross_entropy_is_differentiated_right(kind: str, weighted: bool, smoothing: float) -> None:
+    (logits, tangent, target), options = cross_entropy_case(
+        6, 9, torch.float64, soft=kind == "soft", weighted=weighted
+    )
+    if kind == "ignored class":  # a label that is a class, and yet ignored
+        target, options["ignore_index"] = target.clamp(min=0), int(target[0])
+    options |= {"label_smoothing": smoothing}
     at = logits.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(F.cross_entropy(at, target), at, create_graph=True)
+    loss = F.cross_entropy(at, target, **options)
+    (grad,) = torch.autograd.grad(loss, at, create_graph=True)
     (hvp,) = torch.autograd.grad(grad, at, tangent)
-    close(ops.softmax_cross_entropy_hvp(logits, tangent, target)[1:], (grad.detach(), hvp), torch.float64)
+    expected = loss.detach(), grad.detach(), hvp
+    close(ops.softmax_cross_entropy_hvp(logits, tangent, target, **options), expected, torch.float64)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_over_layouts(dtype: torch.dtype, soft: bool) -> None:
+    arguments, options = cross_entropy_case(5, 33, dtype, soft=soft, weighted=True)
+    expected = ops.softmax_cross_entropy_hvp(*arguments, **options)
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda t: torch.stack([t, t], -1)[..., 1],
+        lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    ]
+    for moved in layouts:
+        found = ops.softmax_cross_entropy_hvp(
+            *map(moved, arguments), **{name: moved(t) for name, t in options.items()}
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_cross_entropy_of_extreme_logits() -> None:
@@ -441,10 +481,32 @@ def overloads() -> dict[str, tuple[Any, ...]]:
     }
 
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize("op", overloads())
 def test_opcheck(op: str) -> None:
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(getattr(torch.ops.blokern, op).default, overloads()[op], test_utils=tests)
+    opcheck(getattr(torch.ops.blokern, op).default, overloads()[op], test_utils=OPCHECKS)
+
+
+def test_opcheck_of_stacks_and_soft_targets() -> None:
+    rows = layer_norm_case(6, 5, 2, torch.float32, stack=3)
+    (logits, tangent, target), _ = cross_entropy_case(4, 5, torch.float32, soft=True)
+    grad, grad_dot, saved, x_dot = activation_case("silu", (4, 5), torch.float32)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("softmax_cross_entropy_hvp", (logits, tangent, target, None, -100, False, 0.0)),
+        ("layer_norm_tangent", tuple(rows[name] for name in ROW_ARGUMENTS["layer_norm_tangent"])),
+        (
+            "layer_norm_adjoint_tangent",
+            (*(rows[name] for name in ROW_ARGUMENTS["layer_norm_adjoint_tangent"]), False),
+        ),
+        (
+            "silu_adjoint_tangent",
+            (grad, torch.stack([grad_dot] * 2), saved, torch.stack([x_dot] * 2), True),
+        ),
+    ]
+    for op, arguments in calls:
+        opcheck(getattr(torch.ops.blokern, op).default, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("op", ["batch_norm_tangent", "batch_norm_adjoint", "batch_norm_adjoint_tangent"])
@@ -464,10 +526,18 @@ def test_fakes_have_the_kernels_layouts(op: str, monkeypatch: pytest.MonkeyPatch
 def test_compiled_in_one_graph() -> None:
     case = batch_norm_case((3, 4, 5, 2), torch.float32)
     (logits, tangent, target), _ = cross_entropy_case(4, 5, torch.float32)
+    rows = layer_norm_case(6, 5, 2, torch.float32)
+    activations = {name: activation_case(name, (4, 5), torch.float32) for name in ops.curvature.ACTIVATIONS}
 
     def run() -> Results:
-        batch_norm = call(ops, "batch_norm_adjoint_tangent", case, adjoint=True)
-        return *batch_norm, *ops.softmax_cross_entropy_hvp(logits, tangent, target)
+        found = [*ops.softmax_cross_entropy_hvp(logits, tangent, target)]
+        found += call(ops, "batch_norm_adjoint_tangent", case, adjoint=True)
+        for op in ROW_ARGUMENTS:
+            found += row_call(ops, op, rows)
+        for name in ops.curvature.ACTIVATIONS:
+            parameters = PARAMETERS.get(name, ())
+            found += ops.activation_adjoint_tangent(name, *activations[name], *parameters, adjoint=True)
+        return tuple(found)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")()
@@ -541,6 +611,9 @@ def test_wrong_batch_norm_calls() -> None:
     for op, changes, error, message in wrong:
         with pytest.raises(error, match=message):
             call(ops, op, case | changes)
+    for name in ARGUMENTS["batch_norm_adjoint_tangent"]:
+        with pytest.raises(ValueError, match=f"{name} requires grad, and this op has no derivative"):
+            call(ops, "batch_norm_adjoint_tangent", case | {name: case[name].clone().requires_grad_()})
     with pytest.raises(ValueError, match="gate must have the shape of x"):
         call(ops, "batch_norm_tangent", case, gate=torch.ones(3, 4))
 
@@ -557,6 +630,22 @@ def test_wrong_layer_norm_calls() -> None:
     for changes, error, message in wrong:
         with pytest.raises(error, match=message):
             row_call(ops, "layer_norm_tangent", case | changes)
+    adjoint: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"grad": case["grad"][:3]}, ValueError, "grad must have the shape of x"),
+        ({"grad": case["grad"].double()}, TypeError, "grad must have the dtype of x"),
+        (
+            {"grad_dot": torch.stack([case["grad_dot"]] * 2)},
+            ValueError,
+            "grad_dot must have the shape of x_dot",
+        ),
+        ({"rstd": case["rstd"][:3]}, ValueError, r"rstd must have shape \[6\]"),
+    ]
+    for changes, error, message in adjoint:
+        with pytest.raises(error, match=message):
+            row_call(ops, "layer_norm_adjoint_tangent", case | changes)
+    for name in ROW_ARGUMENTS["layer_norm_adjoint_tangent"]:
+        with pytest.raises(ValueError, match=f"{name} requires grad, and this op has no derivative"):
+            row_call(ops, "layer_norm_adjoint_tangent", case | {name: case[name].clone().requires_grad_()})
 
 
 def test_wrong_activation_calls() -> None:
@@ -572,6 +661,9 @@ def test_wrong_activation_calls() -> None:
         f("silu", case[0], case[1], case[2], torch.stack([case[3]] * 2))
     with pytest.raises(TypeError, match="grad must have the dtype of saved"):
         f("silu", case[0].double(), *case[1:])
+    for i, name in enumerate(("grad", "grad_dot", "saved", "x_dot")):
+        with pytest.raises(ValueError, match=f"{name} requires grad, and this op has no derivative"):
+            f("silu", *case[:i], case[i].clone().requires_grad_(), *case[i + 1 :])
 
 
 def test_wrong_cross_entropy_calls() -> None:

@@ -12,17 +12,20 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from blokern.curvature import (
     CurvatureOperator,
     GGNOperator,
     HessianOperator,
+    SpectralDensity,
     cg_solve,
     hutchinson_trace,
     inverse_hvp,
     lanczos,
     neumann_solve,
+    spectral_density,
 )
 from blokern.curvature.vectors import flatten, unflatten
 
@@ -82,6 +85,10 @@ def spd(n: int = 12, condition: float = 100.0) -> Tensor:
     torch.manual_seed(2)
     q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
     return q @ torch.diag(torch.logspace(0, np.log10(condition), n, dtype=torch.float64)) @ q.T
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -221,6 +228,38 @@ def test_steps_end() -> None:
     assert solution.residual > 1e-5
 
 
+class Reads(TorchDispatchMode):
+    """Counts what is read back from tensors: on a GPU, the times that Python waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda a, steps: cg_solve(a, {"p": torch.ones(2, 12).double()}, tol=0.0, max_steps=steps),
+        lambda a, steps: neumann_solve(a, {"p": torch.ones(12).double()}, scale=1e-3, max_steps=steps),
+        lambda a, steps: lanczos(a, steps, generator=seeded()),
+    ],
+    ids=["cg", "neumann", "lanczos"],
+)
+def test_an_iteration_reads_one_flag(run: Any) -> None:
+    counts = []
+    for steps in (3, 8):
+        operator = Matrix(spd())
+        with Reads() as reads:
+            run(operator, steps)
+        assert operator.products == steps
+        counts.append(reads.count)
+    assert counts[1] - counts[0] == 5
+
+
 def test_neumann_series() -> None:
     a, b = spd(condition=10.0), torch.randn(2, 12, dtype=torch.float64)
     solution = neumann_solve(Matrix(a), {"p": b}, scale=0.15, tol=1e-8, max_steps=500)
@@ -289,6 +328,68 @@ def test_lanczos_ends_in_an_invariant_subspace() -> None:
         lanczos(Matrix(a), 0)
     with pytest.raises(ValueError, match="start must be a single vector"):
         lanczos(Matrix(a), start={"p": torch.ones(2, 4).double()})
+
+
+def test_lanczos_refuses_products_that_are_not_finite() -> None:
+    with pytest.raises(FloatingPointError, match="products are not finite"):
+        lanczos(Matrix(spd() * torch.nan), 3)
+    with pytest.raises(FloatingPointError, match="products are not finite"):
+        spectral_density(Matrix(spd() * torch.inf), 3, 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_the_density_has_its_starts_moments(at_once: int) -> None:
+    """Gauss quadrature: of each start, all moments of a degree below 2 · steps."""
+    a, steps, samples = spd(30), 4, 7
+    density = spectral_density(Matrix(a), steps, samples, at_once=at_once, generator=seeded())
+    gen = seeded()
+    starts = torch.stack([torch.randn(30, generator=gen, dtype=torch.float64) for _ in range(samples)])
+    starts /= starts.norm(dim=1, keepdim=True)
+    assert len(density.values) == steps * samples
+    assert (density.values.diff() >= 0).all()
+    power = starts
+    for degree in range(2 * steps):
+        moment = (starts * power).sum(1).mean()
+        assert (density.weights * density.values**degree).sum().item() == pytest.approx(moment.item(), 1e-9)
+        power = power @ a
+
+
+def test_the_density_is_that_of_a_known_spectrum() -> None:
+    values = torch.cat([torch.zeros(150), torch.linspace(-1, 2, 150), torch.tensor([9.0])]).double()
+    operator = Matrix(torch.diag(values))
+    density = spectral_density(operator, 40, 30, at_once=10, generator=seeded())
+    assert operator.products == 3 * 40
+    assert density.weights.sum().item() == pytest.approx(1.0)
+    assert density.values[-1].item() == pytest.approx(9.0)
+    for point in (-0.5, -0.1, 0.1, 0.5, 1.5, 5.0):
+        below = density.weights[density.values <= point].sum().item()
+        assert below == pytest.approx((values <= point).double().mean().item(), abs=0.02)
+    width = 0.3
+    points = torch.linspace(-4, 12, 2000, dtype=torch.float64)
+    exact = torch.distributions.Normal(values, width).log_prob(points[:, None]).exp().mean(1)
+    assert torch.trapezoid(density(points, width), points).item() == pytest.approx(1.0, abs=1e-6)
+    assert (density(points, width) - exact).abs().max() < 0.03 * exact.max()
+
+
+def test_a_density_of_few_values_ends_early() -> None:
+    a = torch.diag(torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64))
+    density = spectral_density(Matrix(a), 30, 3, at_once=2, generator=seeded())
+    oracles.assert_close(density.values, torch.tensor([1.0, 1.0, 1.0, 4.0, 4.0, 4.0]).double())
+    identity = spectral_density(Matrix(torch.eye(3).double()), 2, 1)
+    oracles.assert_close(identity.weights, torch.ones(1).double())
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        spectral_density(Matrix(a), 0)
+    with pytest.raises(ValueError, match="samples and at_once must be at least 1, got 0 and 1"):
+        spectral_density(Matrix(a), samples=0)
+    with pytest.raises(ValueError, match="width must be positive, got 0"):
+        density(torch.zeros(2), 0)
+
+
+def test_a_widened_mass_is_a_gaussian() -> None:
+    density = SpectralDensity(torch.tensor([2.0]).double(), torch.ones(1).double())
+    points = torch.tensor([[1.0, 2.0], [2.5, 9.0]])
+    expected = torch.exp(-2 * (points.double() - 2.0).square()) * (2 / torch.pi) ** 0.5
+    oracles.assert_close(density(points, 0.5), expected)
 
 
 @pytest.mark.parametrize("at_once", [1, 7])

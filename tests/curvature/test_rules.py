@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,10 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     # elementwise
     **{
         name: (getattr(torch, name), (VECTORS,))
-        for name in ("neg", "tanh", "sigmoid", "exp", "expm1", "sin", "cos", "erf", "abs", "relu", "square")
+        for name in (
+            *("neg", "tanh", "sigmoid", "exp", "expm1", "sin", "cos", "erf", "abs", "relu", "square"),
+            *("tan", "atan", "sinh", "cosh"),
+        )
     },
     **{
         name: (lambda a, f=f: f(1.5 + a), (VECTORS,))
@@ -61,6 +65,8 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
             "reciprocal": torch.reciprocal,
             "power 3": lambda a: a**3,
             "power 0.5": lambda a: a**0.5,
+            "log2": torch.log2,
+            "log10": torch.log10,
             "power -1": lambda a: a**-1,
             "power 1": lambda a: a**1,
             "power 0": lambda a: a**0,
@@ -81,7 +87,15 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
             "relu6": F.relu6,
             "hardtanh": partial(F.hardtanh, min_val=-0.3, max_val=0.4),
             "hardswish": lambda a: F.hardswish(5 * a),
+            "hardsigmoid": lambda a: F.hardsigmoid(5 * a),
+            "hardshrink": partial(F.hardshrink, lambd=0.3),
+            "softshrink": partial(F.softshrink, lambd=0.2),
+            "mish": F.mish,
+            "glu": lambda a: F.glu(torch.cat([a, a * a + 0.1], 1)),
             "logsigmoid": F.logsigmoid,
+            "steps": lambda a: a * (torch.sign(a) + torch.round(2 * a) + torch.floor(3 * a) + torch.ceil(a)),
+            "xlogy number": lambda a: torch.xlogy(2.0, 1.5 + a),
+            "xlogy of number": lambda a: torch.xlogy(a, 1.5),
             "threshold": lambda a: F.threshold(a, 0.1, 0.7),
             "clamp": lambda a: a.clamp(-0.3, 0.4),
             "clamp min": lambda a: a.clamp_min(-0.3),
@@ -105,6 +119,10 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "div": (lambda a, b: a / (2.0 + b), (VECTORS, (3,))),
     "maximum": (torch.maximum, (VECTORS, VECTORS)),
     "minimum of equals": (lambda a: torch.minimum(a, a), (VECTORS,)),
+    "prelu": (F.prelu, (IMAGE, (4,))),
+    "prelu of one slope": (F.prelu, (VECTORS, (1,))),
+    "xlogy": (lambda a, b: torch.xlogy(a, 1.5 + b), (VECTORS, (3,))),
+    "xlogy of zero": (lambda a, b: torch.xlogy(a * (a.detach() > 0), (1.5 + b)), (VECTORS, (3,))),
     "where": (lambda a, b: torch.where(a > b, a, b * b), (VECTORS, (3,))),
     "where number": (lambda a: torch.where(a > 0, a, 1.0), (VECTORS,)),
     "where other number": (lambda a: torch.where(a > 0, 1.0, a), (VECTORS,)),
@@ -176,6 +194,12 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
             "adaptive max pool 3d": lambda a: F.adaptive_max_pool3d(a, 2),
             "max": lambda a: a.max(1).values,
             "min keepdim": lambda a: a.min(2, keepdim=True).values,
+            "amax": lambda a: a.amax((1, 3)),
+            "amin keepdim": lambda a: a.amin(2, keepdim=True),
+            "amax of equals": lambda a: torch.cat([a, a], 1).amax(1),
+            "max of all": lambda a: a.max() * a.min(),
+            "unsafe split": lambda a: torch.mul(*torch.unsafe_split(a, 2, 1)),
+            "glu of channels": lambda a: F.glu(a, 1),
             "sort": lambda a: a.sort(3, descending=True).values,
             "topk": lambda a: a.topk(2, 1).values,
             "nearest": lambda a: F.interpolate(a[:, :2], scale_factor=2.0),
@@ -193,6 +217,7 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "baddbmm": (partial(torch.baddbmm, beta=2, alpha=3), ((1, 4), (2, 5, 3), (2, 3, 4))),
     "mv": (torch.mv, ((5, 3), (3,))),
     "dot": (torch.dot, ((5,), (5,))),
+    "vdot": (torch.vdot, ((5,), (5,))),
     "einsum": (partial(torch.einsum, "bi,oij,bj->bo"), ((5, 3), (2, 3, 4), (5, 4))),
     "linear": (F.linear, (VECTORS, (4, 3), (4,))),
     "linear of 3d": (F.linear, ((2, 5, 3), (4, 3), (4,))),
@@ -259,12 +284,23 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
         (VECTORS,),
     ),
     "mse": (F.mse_loss, (VECTORS, VECTORS)),
+    "mse sum": (partial(F.mse_loss, reduction="sum"), (VECTORS, VECTORS)),
     "mse each": (partial(F.mse_loss, reduction="none"), (VECTORS, VECTORS)),
     "huber": (partial(F.huber_loss, delta=0.5), (VECTORS, VECTORS)),
     "smooth l1": (partial(F.smooth_l1_loss, beta=0.5, reduction="sum"), (VECTORS, VECTORS)),
     "l1": (F.l1_loss, (VECTORS, VECTORS)),
     "bce": (
         lambda a: F.binary_cross_entropy(a.sigmoid(), torch.full(VECTORS, 0.3).double()),
+        (VECTORS,),
+    ),
+    "bce weighted sum": (
+        lambda a: F.binary_cross_entropy(
+            a.sigmoid(), torch.full(VECTORS, 0.3).double(), WEIGHT, reduction="sum"
+        ),
+        (VECTORS,),
+    ),
+    "bce logits each": (
+        lambda a: F.binary_cross_entropy_with_logits(a, (a.detach() > 0).double(), reduction="none"),
         (VECTORS,),
     ),
     "bce logits": (
@@ -277,6 +313,15 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
         lambda a: F.kl_div(a.log_softmax(1), torch.full(VECTORS, 1 / 3).double(), reduction="batchmean"),
         (VECTORS,),
     ),
+    "kl of two": (
+        lambda a, b: F.kl_div(a.log_softmax(1), b.softmax(1), reduction="batchmean"),
+        (VECTORS, VECTORS),
+    ),
+    "norm of a difference": (F.pairwise_distance, (VECTORS, VECTORS)),
+    "cosine embedding": (
+        lambda a, b: F.cosine_embedding_loss(a, b, torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]).double()),
+        (VECTORS, VECTORS),
+    ),
     "cosine": (F.cosine_similarity, (VECTORS, VECTORS)),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -285,16 +330,22 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+#: The same function, where torch has no second derivative of a case.
+TWINS: dict[str, Function] = {"hardsigmoid": lambda a: F.relu6(5 * a + 3) / 6}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_products_equal_double_backward(case: str) -> None:
     f, shapes = CASES[case]
     torch.manual_seed(0)
     model = Applied(f, *shapes)
     x = torch.randn(shapes[0], dtype=torch.float64)
-    # torch's own second derivatives of these two have constants of float32.
-    rtol = 1e-6 if case in ("hardswish", "celu") else 1e-9
+    twin = deepcopy(model)
+    twin.f = TWINS.get(case, f)
+    # torch's own derivatives of these have constants of float32.
+    rtol = 1e-6 if case in ("hardsigmoid", "hardswish", "celu") else 1e-9
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        oracles.check_products(model, wavy, x, None, rtol)
+        oracles.check_products(model, wavy, x, None, rtol, twin=twin)
 
 
 NORMS = [case for case in CASES if "norm" in case]

@@ -143,6 +143,11 @@ def _elu_slope(v: Tensor, a: Tensor, alpha: float = 1, scale: float = 1, input_s
     return out
 
 
+def _mish_curvature(a: Tensor) -> Tensor:
+    t, s = torch.tanh(torch.nn.functional.softplus(a)), torch.sigmoid(a)
+    return (1.0 - t * t) * s * (2.0 + a * (1.0 - s - 2.0 * t * s))
+
+
 def _log_sigmoid_slope(v: Tensor, a: Tensor) -> Tensor:
     return (wide(v) * torch.sigmoid(-wide(a))).to(v.dtype)
 
@@ -167,6 +172,9 @@ _KERNELS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     aten.elu.default: lambda alpha=1, scale=1, input_scale=1: ("elu", alpha, scale, input_scale),
     aten.celu.default: lambda alpha=1: ("elu", alpha, 1, 1 / alpha),
 }
+
+#: Constant between their steps.
+_STEPS = (aten.sign.default, aten.round.default, aten.floor.default, aten.ceil.default)
 
 _UNARY: dict[Any, Rule] = {
     aten.neg.default: _by_input(lambda v, a: -v, None),
@@ -195,6 +203,10 @@ _UNARY: dict[Any, Rule] = {
     aten.hardswish.default: _by_input(
         aten.hardswish_backward, lambda a: torch.where(a.abs() < 3, 1.0 / 3.0, 0.0)
     ),
+    aten.hardsigmoid.default: _by_input(aten.hardsigmoid_backward, None),
+    aten.hardshrink.default: _by_input(lambda v, a, at=0.5: aten.hardshrink_backward(v, a, at), None),
+    aten.softshrink.default: _by_input(lambda v, a, by=0.5: aten.softshrink_backward(v, a, by), None),
+    aten.mish.default: _by_input(aten.mish_backward, _mish_curvature),
     aten.log_sigmoid_forward.default: lambda call: Unary(
         call._replace(out=call.out[0]), False, _log_sigmoid_slope, _log_sigmoid_curvature
     ),
@@ -209,6 +221,19 @@ _UNARY: dict[Any, Rule] = {
     aten.reciprocal.default: _by_output(_slope(lambda y: -y * y), lambda y: 2.0 * y * y * y),
     aten.sin.default: _by_input(lambda v, a: v * torch.cos(a), lambda a: -torch.sin(a)),
     aten.cos.default: _by_input(lambda v, a: -v * torch.sin(a), lambda a: -torch.cos(a)),
+    aten.tan.default: _by_output(_slope(lambda y: 1.0 + y * y), lambda y: 2.0 * y * (1.0 + y * y)),
+    aten.atan.default: _by_input(
+        _slope(lambda a: 1.0 / (1.0 + a * a)), lambda a: -2.0 * a / ((1.0 + a * a) * (1.0 + a * a))
+    ),
+    aten.sinh.default: _by_input(lambda v, a: v * torch.cosh(a), torch.sinh),
+    aten.cosh.default: _by_input(lambda v, a: v * torch.sinh(a), torch.cosh),
+    aten.log2.default: _by_input(
+        lambda v, a: v / (a * math.log(2.0)), lambda a: -1.0 / (a * a * math.log(2.0))
+    ),
+    aten.log10.default: _by_input(
+        lambda v, a: v / (a * math.log(10.0)), lambda a: -1.0 / (a * a * math.log(10.0))
+    ),
+    **{op: _by_input(lambda v, a: torch.zeros_like(v), None) for op in _STEPS},
     aten.erf.default: _by_input(
         _slope(lambda a: 2.0 / math.sqrt(math.pi) * torch.exp(-a * a)),
         lambda a: -4.0 / math.sqrt(math.pi) * a * torch.exp(-a * a),
@@ -382,6 +407,7 @@ RULES: dict[Any, Rule] = _UNARY | {
     aten.add.Tensor: Sum,
     aten.add.Scalar: Sum,
     aten.sub.Tensor: partial(Sum, sign=-1.0),
+    aten.sub.Scalar: partial(Sum, sign=-1.0),
     aten.rsub.Tensor: partial(Sum, first=-1.0, swapped=True),
     aten.rsub.Scalar: partial(Sum, first=-1.0, swapped=True),
     aten.div.Tensor: Divide,

@@ -380,6 +380,7 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: Concatenate,
     aten.stack.default: Stack,
     aten.split.Tensor: _split,
+    aten.unsafe_split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
     aten.embedding.default: _embedding,

@@ -272,5 +272,6 @@ RULES: dict[Any, Rule] = {
     aten.baddbmm.default: AddedMatrixProduct,
     aten.mv.default: MatrixVector,
     aten.dot.default: Dot,
+    aten.vdot.default: Dot,
     aten.convolution.default: Convolution,
 }

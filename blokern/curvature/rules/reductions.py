@@ -1,4 +1,4 @@
-"""Reductions that are not linear: log-sum-exp, norms, variances."""
+"""Reductions that are not linear: log-sum-exp, norms, variances, extremes."""
 
 from __future__ import annotations
 
@@ -120,6 +120,32 @@ class Variance(Deviation):
         return fit(2.0 / self.freedom * self._centred(a_dot) * self._kept(g), self.operand)
 
 
+class Peak(Single):
+    """y = the largest or smallest over some dimensions; where several are, each has its share, as in torch."""
+
+    curved = False
+
+    def setup(
+        self, out: Tensor, a: Tensor, dim: Sequence[int] = (), keepdim: bool = False
+    ) -> Sequence[Tensor]:
+        self.dim, self.keepdim = [d % max(a.dim(), 1) for d in dim or range(a.dim())], keepdim
+        return a, out
+
+    def _kept(self, t: Tensor) -> Tensor:
+        return t if self.keepdim else _unsqueezed(t, self.dim)
+
+    def _shares(self) -> Tensor:
+        a, y = self.saved
+        chosen = (a == self._kept(y)).to(a.dtype)
+        return chosen / chosen.sum(self.dim, keepdim=True)
+
+    def push(self, a_dot: Tensor) -> Tensor:
+        return (self._shares() * a_dot).sum(self.dim, keepdim=self.keepdim)
+
+    def pull(self, g: Tensor) -> Tensor:
+        return self._shares() * self._kept(g)
+
+
 def _freedom(a: Tensor, dims: Sequence[int], correction: float | None) -> float:
     count = 1
     for d in dims:
@@ -151,6 +177,11 @@ def _unsqueezed(t: Tensor, dims: Sequence[int]) -> Tensor:
 RULES: dict[Any, Rule] = {
     aten.logsumexp.default: LogSumExp,
     aten.linalg_vector_norm.default: _norm,
+    aten.norm.ScalarOpt_dim: _norm,
+    aten.amax.default: Peak,
+    aten.amin.default: Peak,
+    aten.max.default: Peak,
+    aten.min.default: Peak,
     aten.std.correction: Deviation,
     aten.var.correction: Variance,
     aten.var_mean.correction: _var_mean,
