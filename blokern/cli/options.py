@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -261,7 +262,9 @@ def select_device(options: Options) -> str:
         set_threads(options["threads"])
     name: str = options["device"]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # each process of torchrun on its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else name
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():

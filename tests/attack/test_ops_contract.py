@@ -25,7 +25,7 @@ def _overload_args(op: str, per_sample: bool) -> tuple[object, ...]:
         "pgd_step": (x_adv, x, grad, size, size, 0.0, 1.0, active),
         "project": (x_adv, x, size, 0.0, 1.0, None),
         "apgd_step": (x_adv, x.clone(), x, grad, size, size, 0.75, 0.0, 1.0, None, active),
-        "random_start": (x, size, 0.0, 1.0, None),
+        "random_start": (x, size, 0.0, 1.0, 2, None),
         "fast_bat_step": (x_adv - x, x, grad, size, size, 0.0, 1.0),
     }[op]
 

@@ -82,6 +82,7 @@ struct Call {
   double step_size, eps, momentum;
   Box clip;
   uint64_t seed;
+  int64_t first;
   std::vector<Tensor> tensors;
   Tensor none;
 
@@ -111,6 +112,7 @@ Call received() {
   call.clip.min = read<double>();
   call.clip.max = read<double>();
   call.seed = read<uint64_t>();
+  call.first = read<int64_t>();
   const auto count = read<uint32_t>();
   for (uint32_t i = 0; i < count; ++i) call.tensors.push_back(Tensor::received());
   return call;
@@ -171,7 +173,8 @@ void run(const Call& call, const CudaCall& cuda) {
       BY_NORM(project)
     }
     if (starts_with("random_start")) {
-      const RandomStart<T> p{call.batch(), x, call.at("out").rows<T>(), call.radii(), call.clip, call.seed};
+      const RandomStart<T> p{call.batch(), x,         call.at("out").rows<T>(), call.radii(), call.clip,
+                             call.seed,    call.first};
       BY_NORM(random_start)
     }
   }

@@ -89,14 +89,14 @@ class EmulatedOps:
         got = self._call("fast_bat_step", tensors, step_size, eps, **box)
         return got["out"], got["free"]
 
-    def random_start(self, x, eps, *, norm="linf", generator=None, **box):
+    def random_start(self, x, eps, *, norm="linf", generator=None, **numbers):
         # The 64 bits that the op draws of a CPU generator.
         seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator))
         tensors = {"x": x, "out": torch.empty_like(x)}
-        return self._call(f"random_start_{norm}", tensors, 0.0, eps, seed=seed % 2**64, **box)["out"]
+        return self._call(f"random_start_{norm}", tensors, 0.0, eps, seed=seed % 2**64, **numbers)["out"]
 
     def _call(
-        self, op, tensors, step_size, eps, *, momentum=1.0, clip_min=0.0, clip_max=1.0, seed=0
+        self, op, tensors, step_size, eps, *, momentum=1.0, clip_min=0.0, clip_max=1.0, seed=0, first=0
     ) -> dict[str, Tensor]:
         images = tensors["x"]
         sizes = {"step_size": step_size, "eps": eps}
@@ -110,8 +110,8 @@ class EmulatedOps:
         message = struct.pack("iI", self.schedule, next(self._seeds))
         grad = tensors.get("grad", images)
         message += _text(op) + _text(_name(images.dtype)) + _text(_name(grad.dtype))
-        numbers = (step_size, eps, momentum, clip_min, clip_max, seed)
-        message += struct.pack("qqdddddQ", len(images), images[0].numel(), *numbers)
+        numbers = (step_size, eps, momentum, clip_min, clip_max, seed, first)
+        message += struct.pack("qqdddddQq", len(images), images[0].numel(), *numbers)
         message += struct.pack("I", len(rows))
         for name, t in rows.items():
             span = _span(t)
