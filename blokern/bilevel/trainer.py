@@ -21,6 +21,7 @@ from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
 from blokern.bilevel.lock import locked
 from blokern.bilevel.record import Record, Totals, accuracies, ranking, summary
+from blokern.bilevel.saver import LAST, Saver, latest
 from blokern.bilevel.signals import Interrupted, StopRequest
 from blokern.bilevel.step import (
     DistributedRule,
@@ -39,6 +40,7 @@ __all__ = ["Trainer"]
 
 #: Steps between two looks at the losses: on a GPU each look waits for all work queued so far.
 READ_EVERY = 16
+_METRICS = "metrics.jsonl"
 
 
 class Trainer:
@@ -68,6 +70,7 @@ class Trainer:
             and a resume with other ones is refused.
         checkpoint_minutes: save at least this often within an epoch; in any case after each epoch.
         keep_epochs: also save ``epoch-N.pt`` after these epochs, 0 being the start.
+        keep_last: how many ``last.pt`` to keep, as ``last.pt``, ``last-1.pt``, …; a damaged one is passed over.
 
     Raises:
         OSError: ``run_dir`` cannot be written.
@@ -91,6 +94,7 @@ class Trainer:
         recipe: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = 10.0,
         keep_epochs: Collection[int] = (),
+        keep_last: int = 1,
     ) -> None:
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {checkpoint_minutes}")
@@ -104,6 +108,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.checkpoint_minutes = checkpoint_minutes
         self.keep_epochs = keep_epochs
+        self.keep_last = keep_last
         #: The finished epochs' records.
         self.history: list[Record] = []
         self.device = next(rule.model.parameters()).device
@@ -171,7 +176,9 @@ class Trainer:
             if self.complete:
                 self._say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
             else:
-                self._train()
+                with contextlib.closing(Saver(self.run_dir, self.keep_last)) as self._saver:
+                    self._train()
+                    self.processes.lead(self._saver.flush)
             self.processes.lead(self._draw)
         return self.history
 
@@ -233,7 +240,7 @@ class Trainer:
                     self._interrupt(signum)
                 if due:
                     self._check_weights()
-                    self._save("last.pt")
+                    self._save(LAST)
         read()
 
     def _set_rates(self) -> None:
@@ -312,8 +319,8 @@ class Trainer:
             # Before last.pt: killed in between, the run repeats this epoch and writes the same best.pt again.
             self._save("best.pt")
         self._keep()
-        self._save("last.pt")
-        self._write_metrics()
+        self._save(LAST)
+        self.processes.lead(lambda: self._saver.write(_METRICS, self._metrics()))
 
     def _keep(self) -> None:
         if self._epoch in self.keep_epochs:
@@ -328,8 +335,9 @@ class Trainer:
 
     def _interrupt(self, signum: int) -> None:
         self._check_weights()
-        self._save("last.pt")
-        name, last = signal.Signals(signum).name, self.run_dir / "last.pt"
+        self._save(LAST)
+        self.processes.lead(self._saver.flush)
+        name, last = signal.Signals(signum).name, self.run_dir / LAST
         raise Interrupted(signum, f"stopped by {name} {self._position()}; resume to continue from {last}")
 
     def _check_weights(self) -> None:
@@ -355,13 +363,14 @@ class Trainer:
 
     def _claim(self, resume: bool) -> None:
         """Make sure that the folder can be written and is this run's, before any work is put in."""
+        Saver(self.run_dir, self.keep_last).close()  # refuses a bad number
         self.processes.lead(self._prepare)
-        last = self.run_dir / "last.pt"
         with self._locked():
-            payload = self.processes.lead(lambda: self._find(last, resume))
-            if payload is not None:
-                self._restore(payload, last)
-                self._write_metrics()
+            found = self.processes.lead(lambda: self._find(resume))
+            if found is not None:
+                self._restore(*found)
+                path, lines = self.run_dir / _METRICS, self._metrics()
+                self.processes.lead(lambda: checkpoint.write_atomically(path, lines))
 
     def _prepare(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -376,38 +385,35 @@ class Trainer:
             self.processes.lead(lambda: stack.enter_context(locked(self.run_dir)))
             yield
 
-    def _find(self, last: Path, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to continue from, None for a new run."""
+    def _find(self, resume: bool) -> tuple[dict[str, Any], Path] | None:
+        """The checkpoint to continue from and its file, None for a new run."""
         if resume:
-            return checkpoint.load(last) if last.exists() else None
-        for file in (last, self.run_dir / "best.pt", self.run_dir / "metrics.jsonl"):
-            if file.exists():
+            return latest(self.run_dir, self._say)
+        for name in (LAST, "best.pt", _METRICS):
+            if (self.run_dir / name).exists():
                 raise FileExistsError(
-                    f"{self.run_dir} holds a run already ({file.name}): resume, or choose another folder"
+                    f"{self.run_dir} holds a run already ({name}): resume, or choose another folder"
                 )
         return None
 
     def _save(self, name: str) -> None:
         self._rng = _rng_state(self.device)
         self._saved_at = time.monotonic()
-        self.processes.lead(lambda: self._write(self.run_dir / name))
+        self.processes.lead(lambda: self._saver.save(name, self._payload()))
 
-    def _write(self, path: Path) -> None:
-        checkpoint.save(
-            path,
-            {
-                **self._identity,
-                "model": self.rule.model.state_dict(),
-                "optimizer": self.rule.optimizer.state_dict(),
-                **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
-                "rng": self._rng,
-                "epoch": self._epoch,
-                "batch": self._batch,
-                "totals": asdict(self._totals),
-                "best": self._best,
-                "history": self.history,
-            },
-        )
+    def _payload(self) -> dict[str, Any]:
+        return {
+            **self._identity,
+            "model": self.rule.model.state_dict(),
+            "optimizer": self.rule.optimizer.state_dict(),
+            **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
+            "rng": self._rng,
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "totals": asdict(self._totals),
+            "best": self._best,
+            "history": self.history,
+        }
 
     def _restore(self, payload: Mapping[str, Any], source: Path) -> None:
         checkpoint.check_same(
@@ -429,10 +435,9 @@ class Trainer:
         self._best = payload["best"]
         self.history = payload["history"]
 
-    def _write_metrics(self) -> None:
-        """Write all lines anew, so that the file and the checkpoint always tell the same story."""
-        lines = "".join(json.dumps(record) + "\n" for record in self.history).encode()
-        self.processes.lead(lambda: checkpoint.write_atomically(self.run_dir / "metrics.jsonl", lines))
+    def _metrics(self) -> bytes:
+        """All lines of metrics.jsonl, written anew so that it and the checkpoint always tell the same story."""
+        return "".join(json.dumps(record) + "\n" for record in self.history).encode()
 
     def _draw(self) -> None:
         """The run's pictures, unless they are there."""

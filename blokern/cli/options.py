@@ -18,6 +18,7 @@ __all__ = [
     "CHECKPOINT_MINUTES",
     "DATA_OPTIONS",
     "INPUT_SHAPE",
+    "KEEP_LAST",
     "MACHINE_OPTIONS",
     "MODEL_OPTIONS",
     "SETTINGS",
@@ -122,6 +123,7 @@ MODEL_OPTIONS = (
 CHECKPOINT_MINUTES = Option(
     "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch"
 )
+KEEP_LAST = Option("keep_last", int, 1, "how many of the last checkpoints to keep")
 TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)")
 INPUT_SHAPE = Option(
     "input_shape",

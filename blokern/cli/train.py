@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
     DATA_OPTIONS,
+    KEEP_LAST,
     MACHINE_OPTIONS,
     SETTINGS,
     Options,
@@ -68,7 +69,7 @@ def train_parser(method: str) -> ArgumentParser:
     parser = make_parser(
         f"train {method}",
         f"{first_line(methods()[method][0])} Pixels lie in [0, 1]; eps and steps are in that unit.",
-        [*run_options(method), CHECKPOINT_MINUTES, *MACHINE_OPTIONS],
+        [*run_options(method), CHECKPOINT_MINUTES, KEEP_LAST, *MACHINE_OPTIONS],
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the run, made if needed")
     parser.add_argument(
@@ -110,6 +111,7 @@ def make_trainer(
         recipe={"method": {"name": method, **asdict(method_settings)}, **recipe},
         checkpoint_minutes=options["checkpoint_minutes"],
         keep_epochs=keep_epochs,
+        keep_last=options["keep_last"],
     )
     kept = {option.name: options[option.name] for option in run_options(method)}
     text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
