@@ -264,10 +264,11 @@ class Trainer:
         for _, y, result in pending:
             correct = (result.logits.argmax(dim=1) == y).float().mean()
             rows.append(torch.stack([*result.metrics.values(), result.loss, correct]).double())
-        table = torch.stack(rows)
-        self.processes.average_([table])
-        for (batch, y, result), row in zip(pending, table.tolist(), strict=True):
-            values = dict(zip([*result.metrics, "loss", "train_accuracy"], row, strict=True))
+        means = torch.cat(rows)
+        self.processes.average_([means])
+        numbers = iter(means.tolist())
+        for batch, y, result in pending:
+            values = {name: next(numbers) for name in (*result.metrics, "loss", "train_accuracy")}
             if not math.isfinite(values["loss"]):
                 self._diverged(f"the loss is {values['loss']}", batch)
             self._totals.add(values, len(y) * self.processes.size)
