@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attack, bilevel, curvature, plot, pruning, sparse
+from benchmarks import attack, bilevel, curvature, distributed, plot, pruning, sparse
 from blokern._race import Case, Row, pretty, report, run_case
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -20,11 +20,12 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "pruning": pruning.cases,
     "curvature": curvature.cases,
     "bilevel": bilevel.cases,
+    "distributed": distributed.cases,
 }
 #: In their place with --full.
 FULL = {"sparse": sparse.full}
 #: Steps of a network take seconds, ops milliseconds.
-ROUNDS = {"attack": 31, "sparse": 7, "pruning": 5, "curvature": 11, "bilevel": 7}
+ROUNDS = {"attack": 31, "sparse": 7, "pruning": 5, "curvature": 11, "bilevel": 7, "distributed": 7}
 RESULTS = Path(__file__).parent / "results"
 
 

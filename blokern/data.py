@@ -217,11 +217,14 @@ class Batches:
         drop_last: leave out a smaller last batch.
         seed: of order and augmentation.
         channels_last: yield images in ``torch.channels_last`` memory format.
+        shard: (rank, size): yield part `rank` of the `size` equal ones of each batch, the same images with the same
+            augmentation as within the whole.
 
     Yields ``(x, y)``: x float32 [B, C, H, W], y int64 [B].
 
     Raises:
-        ValueError: ``batch_size`` below 1, or ``drop_last`` would leave no batch at all.
+        ValueError: ``batch_size`` below 1, ``drop_last`` would leave no batch at all, or a ``shard`` of batches that
+            have no such parts.
 
     >>> batches = Batches(load("digits").train, 128, shuffle=True, augment=True)
     >>> for x, y in batches.epoch(3, start=5): ...
@@ -237,6 +240,7 @@ class Batches:
         drop_last: bool = False,
         seed: int = 0,
         channels_last: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -251,6 +255,14 @@ class Batches:
         self.drop_last = drop_last
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.shard = shard
+        rank, size = shard
+        if not 0 <= rank < size:
+            raise ValueError(f"shard must be (rank, size) with 0 <= rank < size, got {shard}")
+        if size > 1 and (batch_size % size or not drop_last):
+            raise ValueError(
+                f"batch_size must be a multiple of the {size} shards, with drop_last, got {batch_size} and {drop_last}"
+            )
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -269,18 +281,41 @@ class Batches:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start must be in [0, {len(self)}], got {start}")
+        order = self._order(epoch)
+        return (self._batch(order, epoch, batch) for batch in range(start, len(self)))
+
+    def dealt(
+        self, rank: int, size: int, generator: torch.Generator, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every `size`-th batch of epoch 0 from number `rank` on: whole batches for one of several processes.
+
+        Before each, the generator is seeded with `seed` and the batch's number: what is drawn for a batch does not
+        depend on whose it is.
+
+        >>> for x, y in batches.dealt(processes.rank, processes.size, generator, seed=0): ...
+        """
+        order = self._order(0)
+        for batch in range(rank, len(self), size):
+            generator.manual_seed(seed + batch)
+            yield self._batch(order, 0, batch)
+
+    def _order(self, epoch: int) -> Tensor:
         if self.shuffle:
             order = torch.randperm(len(self.dataset), generator=_generator(self.seed, epoch))
         else:
             order = torch.arange(len(self.dataset))
-        order = order.to(self.dataset.images.device)
-        return (self._batch(order, epoch, batch) for batch in range(start, len(self)))
+        return order.to(self.dataset.images.device)
 
     def _batch(self, order: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        rank, size = self.shard
+        count, share = len(index), len(index) // size
+        part = slice(rank * share, (rank + 1) * share)
+        index = index[part]
         images = self.dataset.images[index]
         if self.augment:
-            images = _augment(images, self.dataset.flip, _generator(self.seed, epoch, batch))
+            draws = _Draws(count, part, _generator(self.seed, epoch, batch))
+            images = _augment(images, self.dataset.flip, draws)
         x = images.to(torch.float32, memory_format=self.memory_format).div_(255)
         return x, self.dataset.labels[index]
 
@@ -294,17 +329,32 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class _Draws:
+    """Random numbers for a part of a batch of ``count`` images: those that it has within the whole.
+
+    Drawn on the CPU whatever the images' device, so that they are the same everywhere.
+    """
+
+    count: int
+    part: slice
+    generator: torch.Generator
+
+    def below(self, limit: int, rows: int) -> Tensor:
+        """Integers in [0, limit), [rows, images of the part]."""
+        return torch.randint(0, limit, (rows, self.count), generator=self.generator)[:, self.part]
+
+
+def _augment(images: Tensor, flip: bool, draws: _Draws) -> Tensor:
     """Randomly shifted and, with ``flip``, mirrored copies of uint8 images [B, C, H, W]."""
     count, _, height, width = images.shape
     pad = 4 if min(height, width) >= 16 else 1
-    # Drawn on the CPU whatever the images' device, so that the draws are the same everywhere.
-    top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(images.device)
+    top, left = draws.below(2 * pad + 1, 2).to(images.device)
     # Every crop at once, [B, C, 2·pad+1, 2·pad+1, H, W], as a view; the indexing copies one crop per image.
     crops = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
     images = crops[torch.arange(count, device=images.device), :, top, left]
     if flip:
-        mirrored = torch.randint(0, 2, (count, 1, 1, 1), generator=generator).bool().to(images.device)
+        mirrored = draws.below(2, 1).view(count, 1, 1, 1).bool().to(images.device)
         images = torch.where(mirrored, images.flip(3), images)
     return images
 

@@ -33,8 +33,8 @@ void bind_attack(pybind11::module_& m, const char* overload) {
     bind<void, T, T, Number, double, double, Active>(m, "project_" + norm + "_", overload);
     bind<void, T, T, T, T, Number, Number, double, double, double, Active, Active>(
         m, "apgd_step_" + norm + "_", overload);
-    bind<Tensor, T, Number, double, double, std::optional<at::Generator>>(m, "random_start_" + norm,
-                                                                          overload);
+    bind<Tensor, T, Number, double, double, int64_t, std::optional<at::Generator>>(m, "random_start_" + norm,
+                                                                                   overload);
   }
   bind<std::tuple<Tensor, Tensor>, T, T, T, Number, Number, double, double>(m, "fast_bat_step", overload);
 }

@@ -20,7 +20,9 @@ constexpr const char* kAttack[] = {
     "apgd_step_NORM_(Tensor(a!) x_adv, Tensor(b!) x_prev, Tensor x, Tensor grad, NUMBER step_size, NUMBER "
     "eps,"
     " float momentum, float clip_min, float clip_max, Tensor? keep, Tensor? active) -> ()",
-    "random_start_NORM(Tensor x, NUMBER eps, float clip_min, float clip_max, Generator? generator) -> Tensor",
+    "random_start_NORM(Tensor x, NUMBER eps, float clip_min, float clip_max, int first, Generator? "
+    "generator) "
+    "-> Tensor",
 };
 constexpr const char* kFastBat =
     "fast_bat_step(Tensor z, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min, float "

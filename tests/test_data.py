@@ -507,7 +507,8 @@ def test_batches_of_an_epoch_are_augmented_differently() -> None:
 def test_augmentation_is_crop_and_flip_of_each_image(size: int, flip: bool) -> None:
     """Against a loop over the images, with the same draws."""
     some = dataset(60, size=size, flip=flip)
-    actual = data._augment(some.images, flip, torch.Generator().manual_seed(7))
+    draws = data._Draws(len(some), slice(None), torch.Generator().manual_seed(7))
+    actual = data._augment(some.images, flip, draws)
 
     generator = torch.Generator().manual_seed(7)
     pad = 4 if size == 16 else 1

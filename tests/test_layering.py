@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 #: What each room may import of blokern. Families do not know each other; only ops touches the native ops.
 ALLOWED = {
     "ops": {"_backend", "_names", "ops"},
-    "attack": {"ops", "attack", "_names"},
+    "distributed": {"distributed"},
+    "attack": {"ops", "attack", "distributed", "_names"},
     "sparse": {"ops", "sparse", "_names"},
     "curvature": {"ops", "curvature", "_names"},
     "bilevel": {
@@ -20,6 +21,7 @@ ALLOWED = {
         "sparse",
         "curvature",
         "ops",
+        "distributed",
         "bilevel",
         "_names",
         "_version",

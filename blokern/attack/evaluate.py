@@ -15,6 +15,7 @@ from blokern.attack.base import Attack
 from blokern.attack.losses import correct
 from blokern.attack.modes import eval_mode, frozen_parameters
 from blokern.attack.pgd import PGD
+from blokern.distributed import Processes
 from blokern.ops.types import Norm
 
 __all__ = ["AnyAttack", "Evaluation", "evaluate"]
@@ -57,6 +58,7 @@ def evaluate(
     check: bool = True,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Evaluation:
     """Standard accuracy, and robust accuracy under one attack or the worst case of several.
 
@@ -68,7 +70,8 @@ def evaluate(
 
     check: refuse an attack's output that is not finite, outside the box, or, if `eps` is given, outside the
     `norm` ball, by more than 1e-4 (relative to eps where eps > 1). generator: for the default attack.
-    progress: called as progress(batches done, batches or None if the loader has no length).
+    progress: called as progress(batches done, batches or None if the loader has no length). processes: each evaluates
+    the batches that its own loader gives, there may be none, and all get the result of them together.
 
     ValueError or TypeError: empty loader, images outside the box, bad labels, an attack's bad output (it is
     named)::
@@ -111,12 +114,15 @@ def evaluate(
             robust += int(standing.sum())
             if progress is not None:
                 progress(done, batches)
+    totals = torch.tensor([samples, clean, robust, *held.values()])
+    processes.sum_([totals])
+    samples, clean, robust, *counts = totals.tolist()
     if samples == 0:
         raise ValueError("loader is empty: there is nothing to evaluate")
     return Evaluation(
         clean_accuracy=clean / samples,
         robust_accuracy=robust / samples,
-        per_attack={name: count / samples for name, count in held.items()},
+        per_attack={name: count / samples for name, count in zip(held, counts, strict=True)},
         samples=samples,
         seconds=time.perf_counter() - started,
     )

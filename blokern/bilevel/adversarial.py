@@ -24,6 +24,7 @@ from blokern.attack.checks import check_box
 from blokern.bilevel.settings import check_numbers
 from blokern.bilevel.step import StepResult, check_batch, check_types
 from blokern.curvature import Linearization, LossFn, linearize
+from blokern.distributed import Processes
 
 __all__ = [
     "NFGSMAT",
@@ -175,19 +176,32 @@ class Rule(ABC, Generic[SettingsT]):
 
     Parameters that do not require a gradient are left alone, `.grad` included; parameters that the loss does
     not use end with `.grad` None. Raises TypeError if an argument is not of its type.
+
+    Of several `processes`, each gives its part of the batch, in order of rank and of equal size, and their generators
+    are seeded alike. They begin with the first one's model, and take the step that one process would for the whole
+    batch, but for BatchNorm's statistics (see :func:`blokern.distributed.sync_batch_norm`) and for layers that draw.
     """
 
     settings_type: ClassVar[type[PlainSettings]]
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: SettingsT) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        settings: SettingsT,
+        processes: Processes = Processes(),  # noqa: B008  # frozen
+    ) -> None:
         check_types(
             model=(model, nn.Module),
             optimizer=(optimizer, Optimizer),
             settings=(settings, self.settings_type),
+            processes=(processes, Processes),
         )
+        processes.equalize_(model)
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
+        self.processes = processes
 
     def step(self, x: Tensor, y: Tensor) -> StepResult:
         """Updates the model once.
@@ -200,6 +214,7 @@ class Rule(ABC, Generic[SettingsT]):
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, enabled=False):  # forwards choose their own; see `precision`
             result = self._backward(x.detach(), y)
+        self.processes.average_gradients(self.model)
         self.optimizer.step()
         return result
 
@@ -236,9 +251,19 @@ class Box(TypedDict):
 class AdversarialRule(Rule[AdversarialSettingsT]):
     """A rule that attacks with gradients of the input."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: AdversarialSettingsT) -> None:
-        super().__init__(model, optimizer, settings)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        settings: AdversarialSettingsT,
+        processes: Processes = Processes(),  # noqa: B008  # frozen
+    ) -> None:
+        super().__init__(model, optimizer, settings, processes)
         self._box: Box = {"clip_min": settings.clip_min, "clip_max": settings.clip_max}
+
+    def _random_start(self, x: Tensor, eps: float, box: Box | None = None) -> Tensor:
+        """x with uniform noise of radius eps, clipped: what these samples draw within the whole batch."""
+        return ops.random_start(x, eps, first=self.processes.rank * len(x), **(box or self._box))
 
     def _input_gradient(self, loss_fn: LossFn, x: Tensor, y: Tensor) -> Tensor:
         """∇ₓ loss_fn(model(x), y): two sweeps; nothing is kept for the weights' gradients."""
@@ -288,7 +313,7 @@ class FastAT(AdversarialRule[FastATSettings]):
     settings_type = FastATSettings
 
     def _backward(self, x: Tensor, y: Tensor) -> StepResult:
-        start = ops.random_start(x, self.settings.eps, **self._box)
+        start = self._random_start(x, self.settings.eps)
         return self._descend(self._sign_step(start, x, y, self.settings.eps), y)
 
 
@@ -306,7 +331,7 @@ class NFGSMAT(AdversarialRule[NFGSMATSettings]):
 
     def _backward(self, x: Tensor, y: Tensor) -> StepResult:
         noise = 2.0 * self.settings.eps
-        start = ops.random_start(x, noise, **self._box)
+        start = self._random_start(x, noise)
         # A ball that holds noise and step leaves only the box to project to.
         return self._descend(self._sign_step(start, x, y, noise + self.settings.attack_step_size), y)
 
@@ -324,7 +349,7 @@ class PGDAT(AdversarialRule[PGDATSettings]):
     settings_type = PGDATSettings
 
     def _backward(self, x: Tensor, y: Tensor) -> StepResult:
-        x_adv = ops.random_start(x, self.settings.eps, **self._box)
+        x_adv = self._random_start(x, self.settings.eps)
         for _ in range(self.settings.attack_steps):
             x_adv = self._sign_step(x_adv, x, y, self.settings.eps)
         return self._descend(x_adv, y)
@@ -353,15 +378,30 @@ class GradAlign(AdversarialRule[GradAlignSettings]):
         x_adv = ops.pgd_step(x, x, clean, self.settings.attack_step_size, eps, **self._box)
         result = self._descend(x_adv, y)
 
-        at_noise = self._linearize(cross_entropy_sum, x + torch.empty_like(x).uniform_(-eps, eps), y)
+        noise = self._random_start(x, eps, {"clip_min": -math.inf, "clip_max": math.inf})
+        at_noise = self._linearize(cross_entropy_sum, noise, y)
         noisy = at_noise.grad_input.requires_grad_()
         with torch.enable_grad():
-            cosine = _mean_cosine(clean, noisy)
+            cosine = self._mean_cosine(clean, noisy)
         (u,) = torch.autograd.grad(-penalty * cosine, noisy)
         self._add_to_grad(at_noise.mixed_hvp(u))
 
         cosine = cosine.detach()
         return StepResult(result.loss + penalty * (1.0 - cosine), result.logits, {"cosine": cosine})
+
+    def _mean_cosine(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean over the samples of which neither a nor b is zero; without a host synchronisation.
+
+        Of several processes, a share whose mean over them is that of all their samples.
+        """
+        a, b = a.flatten(1), b.flatten(1)
+        size = a.norm(dim=1) * b.norm(dim=1)
+        counted = size > 0
+        cosine = (a * b).sum(dim=1) / size.where(counted, 1.0)
+        count = counted.sum().to(a.dtype)
+        self.processes.average_([count])
+        mean: Tensor = cosine.where(counted, 0.0).sum() / count.clamp(min=1 / self.processes.size)
+        return mean
 
 
 class TRADES(AdversarialRule[TRADESSettings]):
@@ -385,7 +425,7 @@ class TRADES(AdversarialRule[TRADESSettings]):
         with eval_mode(self.model):
             with torch.no_grad():
                 clean = self._logits(x).softmax(dim=1)
-            x_adv = x + 0.001 * torch.randn_like(x)
+            x_adv = x + 0.001 * self._normal_like(x)
             for _ in range(settings.attack_steps):
                 grad = self._input_gradient(_kl_sum, x_adv, clean)
                 x_adv = ops.pgd_step(x_adv, x, grad, settings.attack_step_size, settings.eps, **self._box)
@@ -398,6 +438,11 @@ class TRADES(AdversarialRule[TRADESSettings]):
         metrics = {"cross_entropy": cross_entropy.detach(), "kl": kl.detach()}
         return StepResult(loss.detach(), logits.detach(), metrics)
 
+    def _normal_like(self, x: Tensor) -> Tensor:
+        """Normal noise: this part of what is drawn for the whole batch."""
+        count = self.processes.size * len(x)
+        return x.new_empty(count, *x.shape[1:]).normal_()[self.processes.part(count)]
+
 
 def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
     """ΣCE over the batch, so that a sample's input gradient does not depend on the batch size."""
@@ -407,16 +452,6 @@ def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
 def _kl_sum(logits: Tensor, target: Tensor) -> Tensor:
     """ΣKL(target ‖ softmax(logits)) over the batch."""
     return F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
-
-
-def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the samples of which neither a nor b is zero; without a host synchronisation."""
-    a, b = a.flatten(1), b.flatten(1)
-    size = a.norm(dim=1) * b.norm(dim=1)
-    counted = size > 0
-    cosine = (a * b).sum(dim=1) / size.where(counted, 1.0)
-    mean: Tensor = cosine.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
-    return mean
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from blokern.bilevel.masking import PruningSettings, prunable, select
 from blokern.bilevel.settings import check_numbers
 from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
 from blokern.curvature import cg_solve, neumann_solve
+from blokern.distributed import Processes
+from blokern.distributed.processes import running_statistics
 from blokern.sparse import SparseMask, sparsify
 
 __all__ = ["BiP", "BiPSettings", "ModelLoss", "cross_entropy"]
@@ -104,6 +106,9 @@ class BiP:
 
     Pruned are the layers that :func:`blokern.bilevel.masking.prunable` finds and whose weights require grad.
 
+    Of several `processes`, each gives its part of both batches; gradients, g and products with H are averaged, so that
+    weights, scores and masks are the same everywhere, and those of one process that has the whole batches.
+
     loss_fn: the loss of both levels; attack x in it to prune a robust network. metrics: "upper_loss", and "changed",
     the share of the masks' bits that changed. Raises TypeError for an argument of another type, ValueError where no
     layer can be pruned, weights are shared between layers, or, in a step, scores are no longer finite.
@@ -122,10 +127,16 @@ class BiP:
         optimizer: Optimizer,
         settings: BiPSettings,
         loss_fn: ModelLoss = cross_entropy,
+        processes: Processes = Processes(),  # noqa: B008  # frozen
     ) -> None:
         check_types(
-            model=(model, nn.Module), optimizer=(optimizer, Optimizer), settings=(settings, BiPSettings)
+            model=(model, nn.Module),
+            optimizer=(optimizer, Optimizer),
+            settings=(settings, BiPSettings),
+            processes=(processes, Processes),
         )
+        processes.equalize_(model)
+        self.processes = processes
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
@@ -164,6 +175,7 @@ class BiP:
             self.optimizer.zero_grad(set_to_none=True)
             loss, logits = self.loss_fn(self.model, lower[0].detach(), lower[1])
             torch.autograd.backward(loss)
+            self.processes.average_gradients(self.model)
             self.optimizer.step()
             upper = upper[0].detach(), upper[1]
             upper_loss, grads = self._dense_gradients(*upper)
@@ -200,8 +212,9 @@ class BiP:
         with dense_grad(layers):
             loss, _ = self.loss_fn(self.model, x, y)
             weights = [layer.weight for layer in layers]
-            grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        return loss.detach(), list(grads)
+            grads = [*torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)]
+        self.processes.average_([*grads, *running_statistics(self.model)])
+        return loss.detach(), grads
 
     def _score_step(self, grads: list[Tensor]) -> None:
         scores, rates = list(self.scores.values()), self._rates(self.settings.implicit_gamma)
@@ -221,7 +234,13 @@ class BiP:
             solve = partial(neumann_solve, scale=settings.implicit_scale, max_steps=settings.implicit_steps)
         by_name = dict(zip(self._names, grads, strict=True))
         along, residual = implicit_gradient(
-            self.model, self.loss_fn, upper, by_name, gamma=settings.implicit_gamma, solve=solve
+            self.model,
+            self.loss_fn,
+            upper,
+            by_name,
+            gamma=settings.implicit_gamma,
+            solve=solve,
+            average_=self.processes.average_,
         )
         # The bilinear step's direction, (θ − 0) ⊙ g, with this gradient for θ and ones for g.
         ones, masks = [torch.ones_like(g) for g in along.values()], [layer.mask for layer in layers]

@@ -32,9 +32,11 @@ __all__ = [
     "load",
     "load_model",
     "load_weights",
+    "packed",
     "recipe_of",
     "save",
     "write_atomically",
+    "write_sealed",
 ]
 
 VERSION = 1
@@ -57,13 +59,28 @@ def save(path: str | Path, payload: Mapping[str, Any]) -> None:
     >>> save("runs/a/last.pt", {"model": model.state_dict()})
     >>> load("runs/a/last.pt")["model"]
     """
-    # Into memory first: torch's own writer hides a full disk behind an internal error.
+    write_sealed(path, packed(payload))
+
+
+def packed(payload: Mapping[str, Any]) -> memoryview:
+    """A checkpoint in memory but for its digest: what it holds stays, whatever becomes of the payload's tensors.
+
+    >>> write_sealed("runs/a/last.pt", packed({"model": model.state_dict()}))
+    """
+    # torch's own writer to a file hides a full disk behind an internal error.
     buffer = io.BytesIO()
     torch.save({**payload, "version": VERSION}, buffer)
     buffer.write(_MARKER)
+    return buffer.getbuffer()
+
+
+def write_sealed(path: str | Path, body: memoryview) -> None:
+    """Write what :func:`packed` gave, with its digest. Raises as :func:`save`.
+
+    >>> write_sealed("runs/a/last.pt", packed({"model": model.state_dict()}))
+    """
     # torch's zip stores checksums but torch.load does not look at them, and they leave out the directory.
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, body, hashlib.sha256(body).digest())
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -219,7 +236,7 @@ def check_same(what: str, there: Mapping[str, Any], here: Mapping[str, Any], sou
         raise CheckpointError(f"{source} is of another {what}: {'; '.join(found)}")
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
+def write_atomically(path: str | Path, *data: bytes | memoryview) -> None:
     """Make ``data`` the content of ``path``, all of it or nothing, through a temporary file beside it.
 
     Raises:
@@ -231,7 +248,7 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -61,7 +61,7 @@ class FastBAT(AdversarialRule[FastBATSettings]):
 
     def _backward(self, x: Tensor, y: Tensor) -> StepResult:
         lam = self.settings.implicit_lam
-        z = ops.random_start(x, self.settings.eps, **self._box) - x
+        z = self._random_start(x, self.settings.eps) - x
         for _ in range(self.settings.attack_steps - 1):
             z, _ = self._closed_form(z, x, self._input_gradient(_attack_loss, x + z, y))
 

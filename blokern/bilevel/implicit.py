@@ -29,10 +29,12 @@ def implicit_gradient(
     *,
     gamma: float,
     solve: Solver,
+    average_: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """θ ⊙ (g − H q) − g ⊙ q with q = (M H M + γ I)⁻¹ (m ⊙ g), and the system's relative residual, a scalar.
 
     grads: g by the names of masked weights, dense; H is ∇²_w ℓ of the batch. The solver's products with H and one more.
+    average_: of each product over the processes that have a part of the batch, in place.
 
     Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, before H is taken for zero.
 
@@ -45,8 +47,9 @@ def implicit_gradient(
             _Loss(model, loss_fn), _first, [(batch, batch[1])], parameters=[*map(_inner, grads)], keep=True
         )
         b = {_inner(name): grad * masks[name] for name, grad in grads.items()}
-        solution = solve(_System(hessian, masks, gamma), b)
+        solution = solve(_System(hessian, masks, gamma, average_), b)
         product = hessian @ solution.x
+        average_(product.values())
     along = {}
     for name, g in grads.items():
         weight, q, h_q = layers[name].weight.detach(), solution.x[_inner(name)], product[_inner(name)]
@@ -74,8 +77,14 @@ def dense_grad(layers: Iterable[MaskedLayer]) -> Iterator[None]:
 class _System:
     """M H M + γ I, on vectors that are zero where the mask is."""
 
-    def __init__(self, hessian: HessianOperator, masks: Mapping[str, Tensor], gamma: float) -> None:
-        self._hessian, self._gamma = hessian, gamma
+    def __init__(
+        self,
+        hessian: HessianOperator,
+        masks: Mapping[str, Tensor],
+        gamma: float,
+        average_: Callable[[Iterable[Tensor]], None],
+    ) -> None:
+        self._hessian, self._gamma, self._average_ = hessian, gamma, average_
         self._masks = {_inner(name): mask for name, mask in masks.items()}
 
     @property
@@ -84,6 +93,7 @@ class _System:
 
     def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         product = self._hessian @ v
+        self._average_(product.values())
         return {name: t * self._masks[name] + self._gamma * v[name] for name, t in product.items()}
 
 

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from blokern.bilevel import schedule
 from blokern.bilevel.masking import PruningSettings, masks_from_scores, prunable, select
+from blokern.bilevel.step import check_types
+from blokern.distributed import Processes
 from blokern.sparse import SparseMask, to_dense
 
 __all__ = [
@@ -145,14 +147,18 @@ SettingsT = TypeVar("SettingsT", bound=PruningSettings)
 
 
 class Pruner(ABC, Generic[SettingsT]):
-    """A method that scores a model's weights, of which the highest are kept."""
+    """A method that scores a model's weights, of which the highest are kept.
+
+    Of several `processes` that have the same model, each gives its own batches, as many as the others, and all get the
+    masks of the batches together.
+    """
 
     settings_type: ClassVar[type[PruningSettings]]
 
-    def __init__(self, settings: SettingsT) -> None:
-        if not isinstance(settings, self.settings_type):
-            raise TypeError(f"settings must be {self.settings_type.__name__}, got {type(settings).__name__}")
+    def __init__(self, settings: SettingsT, processes: Processes = Processes()) -> None:  # noqa: B008  # frozen
+        check_types(settings=(settings, self.settings_type), processes=(processes, Processes))
         self.settings = settings
+        self.processes = processes
 
     def masks(self, model: nn.Module, batches: Pairs = ()) -> dict[str, SparseMask]:
         """A mask for each weight of :func:`blokern.bilevel.masking.prunable`, by parameter name.
@@ -170,6 +176,30 @@ class Pruner(ABC, Generic[SettingsT]):
     @abstractmethod
     def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
         """The weights' scores; `model`, whose weights these are, is the method's to spoil."""
+
+    def _gradients(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        batches: Pairs,
+        temperature: float = 1.0,
+        along: Mapping[str, Tensor] | None = None,
+    ) -> Scores:
+        """∂/∂weights of the mean cross-entropy over all batches; of its gradient's product with `along`, where
+        given."""
+        leaves = list(weights.values())
+        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        samples = leaves[0].new_zeros((), dtype=torch.int64)
+        for x, y in _checked(batches):
+            loss = F.cross_entropy(model(x) / temperature, y, reduction="sum")
+            if along is not None:
+                first = torch.autograd.grad(loss, leaves, create_graph=True)
+                loss = torch.stack([(g * v).sum() for g, v in zip(first, along.values(), strict=True)]).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
+                total += gradient
+            samples += len(y)
+        self.processes.sum_([*sums, samples])
+        return {name: total / samples for name, total in zip(weights, sums, strict=True)}
 
 
 class OMP(Pruner[OMPSettings]):
@@ -216,7 +246,7 @@ class SNIP(Pruner[SNIPSettings]):
 
     def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
         model.train()
-        gradients = _gradients(model, weights, batches)
+        gradients = self._gradients(model, weights, batches)
         return {name: (weight * gradients[name]).detach().abs() for name, weight in weights.items()}
 
 
@@ -238,8 +268,8 @@ class GraSP(Pruner[GraSPSettings]):
     def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
         model.train()
         temperature = self.settings.temperature
-        gradients = _gradients(model, weights, batches, temperature)
-        products = _gradients(model, weights, batches, temperature, along=gradients)
+        gradients = self._gradients(model, weights, batches, temperature)
+        products = self._gradients(model, weights, batches, temperature, along=gradients)
         scores = {name: (weight * products[name]).detach() for name, weight in weights.items()}
         if self.settings.granularity in ("filter", "channel"):
             dim = 0 if self.settings.granularity == "filter" else 1
@@ -323,6 +353,7 @@ class Hydra(Pruner[HydraSettings]):
                 }
                 optimizer.zero_grad()
                 torch.autograd.backward(F.cross_entropy(functional_call(model, masked, (x,)), y))
+                self.processes.average_(score.grad for score in scores.values() if score.grad is not None)
                 optimizer.step()
         return {name: score.detach().abs() for name, score in scores.items()}
 
@@ -375,28 +406,6 @@ def scaled_magnitudes(weight: Tensor) -> Tensor:
     size = weight.detach().abs()
     fan_in = math.prod(weight.shape[1:])
     return size * (math.sqrt(6.0 / fan_in) / size.max().clamp(min=torch.finfo(size.dtype).tiny))
-
-
-def _gradients(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batches: Pairs,
-    temperature: float = 1.0,
-    along: Mapping[str, Tensor] | None = None,
-) -> Scores:
-    """∂/∂weights of the mean cross-entropy over all batches; of its gradient's product with `along`, where given."""
-    leaves = list(weights.values())
-    sums = [torch.zeros_like(leaf) for leaf in leaves]
-    samples = 0
-    for x, y in _checked(batches):
-        loss = F.cross_entropy(model(x) / temperature, y, reduction="sum")
-        if along is not None:
-            first = torch.autograd.grad(loss, leaves, create_graph=True)
-            loss = torch.stack([(g * v).sum() for g, v in zip(first, along.values(), strict=True)]).sum()
-        for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
-            total += gradient
-        samples += len(y)
-    return {name: total / samples for name, total in zip(weights, sums, strict=True)}
 
 
 def _ranked_by_sum(score: Tensor, dim: int) -> Tensor:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blokern.distributed import Processes
+
 __all__ = [
     "Batch",
+    "DistributedRule",
     "ScoreRule",
     "StatefulRule",
     "StepResult",
@@ -30,7 +33,7 @@ class StepResult:
     """One step's outcome, detached; reading a value on the host is the caller's choice.
 
     loss: scalar, the mean loss that was descended. logits: [N, K], at the point the model was trained on.
-    metrics: further scalars by name.
+    metrics: further scalars by name. All are of this process's part of the batch, where there are several.
     """
 
     loss: Tensor
@@ -68,6 +71,13 @@ class ScoreRule(Protocol):
 
     score_lr: float
     settings: Any  # whose score_lr is the rate at first
+
+
+@runtime_checkable
+class DistributedRule(Protocol):
+    """A rule that several processes train one model by, each on its part of the batch."""
+
+    processes: Processes
 
 
 @runtime_checkable

@@ -9,8 +9,11 @@ from typing import Any
 __all__ = ["tensorboard"]
 
 
-def tensorboard(run_dir: Path, epoch: int) -> Any:
-    """TensorBoard's writer, forgetting what it was told after ``epoch``, or one that does nothing."""
+def tensorboard(run_dir: Path, epoch: int, writes: bool = True) -> Any:
+    """TensorBoard's writer, forgetting what it was told after ``epoch``; one that does nothing, if it is not to write
+    or TensorBoard is not installed."""
+    if not writes:
+        return _NoBoard()
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -20,7 +20,7 @@ class TrainSettings:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step.
+        batch_size: images a step, of all processes together.
         lr: peak learning rate.
         schedule: learning rate over the run: cyclic (0 → lr → 0), multistep (a tenth from 50 % on, a
             hundredth from 75 % on), cosine (lr → 0) or constant.
@@ -30,6 +30,7 @@ class TrainSettings:
         weight_decay: of SGD.
         augment: random crops, and mirror images where the data allow it.
         channels_last: keep images and weights in channels-last memory order.
+        sync_batch_norm: of several processes, give BatchNorm the statistics of the whole batch instead of each part's.
         seed: of the order of the images, of augmentation, and of all that the method draws.
         eps: L∞ budget of the validation attack, for pixels in [0, 1].
         val_steps: PGD steps of the validation attack, each eps / 4; 0 validates without an attack, and the best
@@ -54,6 +55,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     augment: bool = True
     channels_last: bool = False
+    sync_batch_norm: bool = False
     seed: int = 0
     eps: float = 8 / 255
     val_steps: int = 10

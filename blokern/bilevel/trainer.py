@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,16 +21,26 @@ from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
 from blokern.bilevel.lock import locked
 from blokern.bilevel.record import Record, Totals, accuracies, ranking, summary
+from blokern.bilevel.saver import LAST, Saver, latest
 from blokern.bilevel.signals import Interrupted, StopRequest
-from blokern.bilevel.step import ScoreRule, StatefulRule, StepResult, StepRule, TwoBatchRule
+from blokern.bilevel.step import (
+    DistributedRule,
+    ScoreRule,
+    StatefulRule,
+    StepResult,
+    StepRule,
+    TwoBatchRule,
+)
 from blokern.bilevel.tensorboard import tensorboard
 from blokern.bilevel.train_settings import TrainSettings
 from blokern.data import Batches, Splits
+from blokern.distributed import Processes, sync_batch_norm
 
 __all__ = ["Trainer"]
 
 #: Steps between two looks at the losses: on a GPU each look waits for all work queued so far.
 READ_EVERY = 16
+_METRICS = "metrics.jsonl"
 
 
 class Trainer:
@@ -44,6 +54,10 @@ class Trainer:
     A resumed run has the bits of an uninterrupted one wherever the training itself is reproducible: with the
     same machine and number of threads, and on a GPU with ``torch.use_deterministic_algorithms(True)``.
 
+    The processes of a :class:`DistributedRule` share each batch, and the validation's batches; the first one reads and
+    writes the files. A signal that any of them gets stops all at the same step, or, while they validate, after it. How
+    many they are is no part of the run: it may be continued by more or fewer.
+
     Args:
         rule: the method; its optimizer's learning rate (and momentum, if cycled) is set before each step, and the
             learning rate of its scores, if any: a tenth from 50 % of the run on, a hundredth from 75 % on. A rule of
@@ -56,6 +70,7 @@ class Trainer:
             and a resume with other ones is refused.
         checkpoint_minutes: save at least this often within an epoch; in any case after each epoch.
         keep_epochs: also save ``epoch-N.pt`` after these epochs, 0 being the start.
+        keep_last: how many ``last.pt`` to keep, as ``last.pt``, ``last-1.pt``, …; a damaged one is passed over.
 
     Raises:
         OSError: ``run_dir`` cannot be written.
@@ -79,6 +94,7 @@ class Trainer:
         recipe: Mapping[str, Any] | None = None,
         checkpoint_minutes: float = 10.0,
         keep_epochs: Collection[int] = (),
+        keep_last: int = 1,
     ) -> None:
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {checkpoint_minutes}")
@@ -87,10 +103,12 @@ class Trainer:
         if len(splits.val) == 0:
             raise ValueError("splits.val must hold images to choose the best model by, got none")
         self.rule = rule
+        self.processes = rule.processes if isinstance(rule, DistributedRule) else Processes()
         self.settings = settings
         self.run_dir = Path(run_dir)
         self.checkpoint_minutes = checkpoint_minutes
         self.keep_epochs = keep_epochs
+        self.keep_last = keep_last
         #: The finished epochs' records.
         self.history: list[Record] = []
         self.device = next(rule.model.parameters()).device
@@ -106,6 +124,8 @@ class Trainer:
         self._rng: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
 
+        if settings.sync_batch_norm:
+            sync_batch_norm(rule.model, self.processes)
         if settings.channels_last:
             rule.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
         seeds = [settings.seed]
@@ -121,6 +141,7 @@ class Trainer:
                 drop_last=True,  # a last batch of one image would spoil BatchNorm's statistics
                 seed=seed,
                 channels_last=settings.channels_last,
+                shard=(self.processes.rank, self.processes.size),
             )
             for seed in seeds
         ]
@@ -151,13 +172,14 @@ class Trainer:
         >>> history = trainer.fit()
         >>> history[-1]["val_robust_accuracy"]
         """
-        with locked(self.run_dir):
+        with self._locked():
             if self.complete:
-                _say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
+                self._say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
             else:
-                self._train()
-            if not (self.run_dir / "curves.png").exists():
-                self._draw()
+                with contextlib.closing(Saver(self.run_dir, self.keep_last)) as self._saver:
+                    self._train()
+                    self.processes.lead(self._saver.flush)
+            self.processes.lead(self._draw)
         return self.history
 
     # --- An epoch -------------------------------------------------------------------------------------------
@@ -167,10 +189,10 @@ class Trainer:
             torch.manual_seed(self.settings.seed)
             self._keep()
         else:
-            _set_rng_state(self._rng)
-            _say(f"{self.run_dir}: continuing {self._position()}")
+            _set_rng_state(self._rng, self.device)
+            self._say(f"{self.run_dir}: continuing {self._position()}")
         self._saved_at = time.monotonic()
-        board = tensorboard(self.run_dir, self._epoch)
+        board = tensorboard(self.run_dir, self._epoch, writes=self.processes.leads)
         with StopRequest() as stop, contextlib.closing(board), self._progress() as bar:
             while not self.complete:
                 self._train_epoch(stop, bar)
@@ -179,9 +201,10 @@ class Trainer:
                 self._finish_epoch(record)
                 for name, value in record.items():
                     board.add_scalar(name, value, self._epoch)
-                bar.write(summary(record, self.settings.epochs), file=sys.stderr)
-                if stop.signum is not None:
-                    self._interrupt(stop.signum)
+                self._say(summary(record, self.settings.epochs), bar)
+                signum, _ = self._agreed(stop)
+                if signum:
+                    self._interrupt(signum)
 
     def _train_epoch(self, stop: StopRequest, bar: tqdm[Any]) -> None:
         self.rule.model.train()
@@ -202,20 +225,22 @@ class Trainer:
             try:
                 result = rule.step(*batches) if isinstance(rule, TwoBatchRule) else rule.step(*batches[0])
             except FloatingPointError as error:
-                read()  # an earlier loss may have been the first
+                if self.processes.size == 1:  # the others are elsewhere
+                    read()  # an earlier loss may have been the first
                 self._diverged(str(error), self._batch + 1)
             pending.append((self._batch + 1, batches[0][1], result))
             self._batch += 1
             bar.update()
             due = time.monotonic() - self._saved_at > 60 * self.checkpoint_minutes
-            if len(pending) == READ_EVERY or due or stop.signum is not None:
+            signum, due = self._agreed(stop, due)
+            if len(pending) == READ_EVERY or due or signum:
                 read()
                 bar.set_postfix(self._postfix())
-                if stop.signum is not None:
-                    self._interrupt(stop.signum)
+                if signum:
+                    self._interrupt(signum)
                 if due:
                     self._check_weights()
-                    self._save("last.pt")
+                    self._save(LAST)
         read()
 
     def _set_rates(self) -> None:
@@ -231,29 +256,40 @@ class Trainer:
                 step, total, peak=self.rule.settings.score_lr, schedule="multistep"
             )
 
-    def _read(self, pending: list[tuple[int, Tensor, StepResult]]) -> None:
-        """Bring the results of some steps to the host and add them up."""
+    def _read(self, pending: Sequence[tuple[int, Tensor, StepResult]]) -> None:
+        """Bring the results of some steps to the host and add them up; of several processes, their means."""
+        if not pending:
+            return
+        rows = []
+        for _, y, result in pending:
+            correct = (result.logits.argmax(dim=1) == y).float().mean()
+            rows.append(torch.stack([*result.metrics.values(), result.loss, correct]).double())
+        means = torch.cat(rows)
+        self.processes.average_([means])
+        numbers = iter(means.tolist())
         for batch, y, result in pending:
-            loss = result.loss.item()
-            if not math.isfinite(loss):
-                self._diverged(f"the loss is {loss}", batch)
-            correct = (result.logits.argmax(dim=1) == y).float().mean().item()
-            values = {name: value.item() for name, value in result.metrics.items()}
-            self._totals.add({**values, "loss": loss, "train_accuracy": correct}, len(y))
+            values = {name: next(numbers) for name in (*result.metrics, "loss", "train_accuracy")}
+            if not math.isfinite(values["loss"]):
+                self._diverged(f"the loss is {values['loss']}", batch)
+            self._totals.add(values, len(y) * self.processes.size)
 
     def _validate(self, stop: StopRequest) -> Record:
-        """The epoch's record. The attack draws from its own generator: training does not depend on it."""
+        """The epoch's record. The attack draws from its own generator, seeded for each batch: training does not depend
+        on it, and it not on which process has the batch."""
         lr = self.rule.optimizer.param_groups[0]["lr"]
-        attack: Any = self._attack() if self.settings.val_steps else {}
+        generator = torch.Generator(self.device)
+        attack: Any = self._attack(generator) if self.settings.val_steps else {}
+        rank, size = self.processes.rank, self.processes.size
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in self._validation:
-                if stop.signum is not None:
+            for batch in self._validation.dealt(rank, size, generator, self.settings.seed):
+                # Several processes may have different numbers of batches: there is no place to agree to stop.
+                if stop.signum is not None and size == 1:
                     self._interrupt(stop.signum)
                 yield batch
 
         start = time.perf_counter()
-        result = evaluate(self.rule.model, batches(), attack)
+        result = evaluate(self.rule.model, batches(), attack, processes=self.processes)
         robust = {"val_robust_accuracy": result.robust_accuracy} if attack else {}
         return {
             "epoch": self._epoch + 1,
@@ -265,7 +301,7 @@ class Trainer:
             "val_seconds": time.perf_counter() - start,
         }
 
-    def _attack(self) -> PGD:
+    def _attack(self, generator: torch.Generator) -> PGD:
         return PGD(
             self.rule.model,
             eps=self.settings.eps,
@@ -273,7 +309,7 @@ class Trainer:
             steps=self.settings.val_steps,
             restarts=self.settings.val_restarts,
             early_stop=True,
-            generator=torch.Generator(self.device).manual_seed(self.settings.seed),
+            generator=generator,
         )
 
     def _finish_epoch(self, record: Record) -> None:
@@ -284,8 +320,8 @@ class Trainer:
             # Before last.pt: killed in between, the run repeats this epoch and writes the same best.pt again.
             self._save("best.pt")
         self._keep()
-        self._save("last.pt")
-        self._write_metrics()
+        self._save(LAST)
+        self.processes.lead(lambda: self._saver.write(_METRICS, self._metrics()))
 
     def _keep(self) -> None:
         if self._epoch in self.keep_epochs:
@@ -293,10 +329,16 @@ class Trainer:
 
     # --- Stopping -------------------------------------------------------------------------------------------
 
+    def _agreed(self, stop: StopRequest, due: bool = False) -> tuple[int, bool]:
+        """The signal that some process got, 0 for none, and whether a checkpoint is due: the same for all."""
+        signum, late = self.processes.largest([stop.signum or 0, due])
+        return signum, bool(late)
+
     def _interrupt(self, signum: int) -> None:
         self._check_weights()
-        self._save("last.pt")
-        name, last = signal.Signals(signum).name, self.run_dir / "last.pt"
+        self._save(LAST)
+        self.processes.lead(self._saver.flush)
+        name, last = signal.Signals(signum).name, self.run_dir / LAST
         raise Interrupted(signum, f"stopped by {name} {self._position()}; resume to continue from {last}")
 
     def _check_weights(self) -> None:
@@ -322,41 +364,57 @@ class Trainer:
 
     def _claim(self, resume: bool) -> None:
         """Make sure that the folder can be written and is this run's, before any work is put in."""
+        Saver(self.run_dir, self.keep_last).close()  # refuses a bad number
+        self.processes.lead(self._prepare)
+        with self._locked():
+            found = self.processes.lead(lambda: self._find(resume))
+            if found is not None:
+                self._restore(*found)
+                path, lines = self.run_dir / _METRICS, self._metrics()
+                self.processes.lead(lambda: checkpoint.write_atomically(path, lines))
+
+    def _prepare(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         probe = self.run_dir / ".probe"
         checkpoint.write_atomically(probe, b"probe")
         probe.unlink()
-        last = self.run_dir / "last.pt"
-        with locked(self.run_dir):
-            if not resume:
-                for file in (last, self.run_dir / "best.pt", self.run_dir / "metrics.jsonl"):
-                    if file.exists():
-                        raise FileExistsError(
-                            f"{self.run_dir} holds a run already ({file.name}): "
-                            "resume, or choose another folder"
-                        )
-            elif last.exists():
-                self._restore(checkpoint.load(last), last)
-                self._write_metrics()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder's lock, which the first process holds for all."""
+        with contextlib.ExitStack() as stack:
+            self.processes.lead(lambda: stack.enter_context(locked(self.run_dir)))
+            yield
+
+    def _find(self, resume: bool) -> tuple[dict[str, Any], Path] | None:
+        """The checkpoint to continue from and its file, None for a new run."""
+        if resume:
+            return latest(self.run_dir, self._say)
+        for name in (LAST, "best.pt", _METRICS):
+            if (self.run_dir / name).exists():
+                raise FileExistsError(
+                    f"{self.run_dir} holds a run already ({name}): resume, or choose another folder"
+                )
+        return None
 
     def _save(self, name: str) -> None:
-        self._rng = _rng_state()
+        self._rng = _rng_state(self.device)
         self._saved_at = time.monotonic()
-        checkpoint.save(
-            self.run_dir / name,
-            {
-                **self._identity,
-                "model": self.rule.model.state_dict(),
-                "optimizer": self.rule.optimizer.state_dict(),
-                **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
-                "rng": self._rng,
-                "epoch": self._epoch,
-                "batch": self._batch,
-                "totals": asdict(self._totals),
-                "best": self._best,
-                "history": self.history,
-            },
-        )
+        self.processes.lead(lambda: self._saver.save(name, self._payload()))
+
+    def _payload(self) -> dict[str, Any]:
+        return {
+            **self._identity,
+            "model": self.rule.model.state_dict(),
+            "optimizer": self.rule.optimizer.state_dict(),
+            **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
+            "rng": self._rng,
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "totals": asdict(self._totals),
+            "best": self._best,
+            "history": self.history,
+        }
 
     def _restore(self, payload: Mapping[str, Any], source: Path) -> None:
         checkpoint.check_same(
@@ -378,19 +436,22 @@ class Trainer:
         self._best = payload["best"]
         self.history = payload["history"]
 
-    def _write_metrics(self) -> None:
-        """Write all lines anew, so that the file and the checkpoint always tell the same story."""
-        lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        checkpoint.write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
+    def _metrics(self) -> bytes:
+        """All lines of metrics.jsonl, written anew so that it and the checkpoint always tell the same story."""
+        return "".join(json.dumps(record) + "\n" for record in self.history).encode()
 
     def _draw(self) -> None:
+        """The run's pictures, unless they are there."""
+        if (self.run_dir / "curves.png").exists():
+            return
         from blokern import plots  # matplotlib takes a second to import
 
         model = self.rule.model
         if self.settings.val_steps:
             x, y = next(iter(self._validation))
             x, y = x[:8], y[:8]
-            x_adv = self._attack()(x, y)
+            generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+            x_adv = self._attack(generator)(x, y)
             with torch.no_grad(), eval_mode(model):
                 before, after = model(x).argmax(dim=1), model(x_adv).argmax(dim=1)
             plots.examples(x, x_adv, y, before, after, self.run_dir / "examples.png")
@@ -398,11 +459,17 @@ class Trainer:
 
     # --- Display --------------------------------------------------------------------------------------------
 
+    def _say(self, message: str, bar: tqdm[Any] | None = None) -> None:
+        if self.processes.leads:
+            write = tqdm.write if bar is None else bar.write
+            write(message, file=sys.stderr)
+
     def _progress(self) -> tqdm[Any]:
         """A bar over all steps with the time left, where somebody watches."""
         total = self.settings.epochs * len(self._batches)
-        # disable=None: shown on a terminal only.
-        return tqdm(total=total, initial=self._step(), unit="step", disable=None, dynamic_ncols=True)
+        # None: shown on a terminal only.
+        disable = None if self.processes.leads else True
+        return tqdm(total=total, initial=self._step(), unit="step", disable=disable, dynamic_ncols=True)
 
     def _postfix(self) -> dict[str, str]:
         shown = {"epoch": f"{self._epoch + 1}/{self.settings.epochs}"}
@@ -412,19 +479,13 @@ class Trainer:
         return shown
 
 
-def _rng_state() -> dict[str, Any]:
-    """The state of torch's global generators, from which the methods draw."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's global generators, from which the methods draw: the same in all processes."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_rng_state(state: Mapping[str, Any]) -> None:
+def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

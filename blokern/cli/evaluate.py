@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +23,11 @@ from blokern.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from blokern.data import ImageDataset
+    from blokern.distributed import Processes
 
 __all__ = ["ATTACKS", "attacked", "evaluate", "write_json"]
 
@@ -52,8 +55,15 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
     options = parse(parser, argv)
     check_known("attack", options["attack"], ATTACKS)
-    device = select_device(options)
 
+    from blokern.distributed import joined
+
+    with joined() as processes:
+        _evaluate(options, select_device(options), processes)
+    return 0
+
+
+def _evaluate(options: Options, device: str, processes: Processes) -> None:
     from blokern import data
     from blokern.bilevel import checkpoint
 
@@ -64,7 +74,9 @@ def evaluate(argv: list[str]) -> int:
     attack = {key: options[key] for key in ("attack", "norm", "eps", "steps", "restarts", "seed")}
     if attack["eps"] is None:
         attack["eps"] = payload["settings"]["eps"]
-    result = attacked(payload, path, test, device, **attack)
+    result = attacked(payload, path, test, device, processes, **attack)
+    if not processes.leads:
+        return
     print(
         f"{path}, epoch {payload['epoch']}, {result['samples']} test images of {name}:\n"
         f"SA {result['clean_accuracy']:.2%}, RA {result['robust_accuracy']:.2%} "
@@ -72,18 +84,26 @@ def evaluate(argv: list[str]) -> int:
     )
     if options["json"] is not None:
         write_json(options["json"], {"checkpoint": path, "epoch": payload["epoch"], "data": name, **result})
-    return 0
 
 
 def attacked(
-    payload: Mapping[str, Any], path: str | Path, test: ImageDataset, device: str, **attack: Any
+    payload: Mapping[str, Any],
+    path: str | Path,
+    test: ImageDataset,
+    device: str,
+    processes: Processes | None = None,
+    *,
+    seed: int,
+    **attack: Any,
 ) -> Options:
     """How the network of a checkpoint does on the test images, in plain values."""
+    import torch
     from tqdm import tqdm
 
     from blokern.attack import evaluate
     from blokern.bilevel import checkpoint
     from blokern.data import Batches
+    from blokern.distributed import Processes
 
     network = payload["recipe"]["model"]
     if (test.images.shape[1], test.num_classes) != (network["in_channels"], network["num_classes"]):
@@ -92,20 +112,35 @@ def attacked(
             f"the network in {path} {network['in_channels']} and {network['num_classes']}"
         )
     model = checkpoint.load_model(payload, path).to(device)
-    adversary = _adversary(model, **attack)
-    with tqdm(Batches(test, 256), desc=adversary.name, unit="batch", disable=None, leave=False) as batches:
-        result = evaluate(model, batches, adversary)
-    return {**attack, "attack": adversary.name, **asdict(result)}
+    processes = processes or Processes()
+    generator = torch.Generator(device)
+    adversary = _adversary(model, generator, **attack)
+    batches = Batches(test, 256)
+    own = batches.dealt(processes.rank, processes.size, generator, seed)
+    with tqdm(
+        own,
+        adversary.name,
+        math.ceil(len(batches) / processes.size),
+        unit="batch",
+        disable=None if processes.leads else True,
+        leave=False,
+    ) as bar:
+        result = evaluate(model, bar, adversary, processes=processes)
+    return {**attack, "seed": seed, "attack": adversary.name, **asdict(result)}
 
 
 def _adversary(
-    model: nn.Module, *, attack: str, norm: Any, eps: float, steps: int, restarts: int, seed: int
+    model: nn.Module,
+    generator: torch.Generator,
+    *,
+    attack: str,
+    norm: Any,
+    eps: float,
+    steps: int,
+    restarts: int,
 ) -> Any:
-    import torch
-
     from blokern.attack import APGD, FGSM, PGD
 
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     if attack == "fgsm":
         return FGSM(model, eps, norm=norm, generator=generator)
     if attack == "apgd":

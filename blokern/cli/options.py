@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ __all__ = [
     "CHECKPOINT_MINUTES",
     "DATA_OPTIONS",
     "INPUT_SHAPE",
+    "KEEP_LAST",
     "MACHINE_OPTIONS",
     "MODEL_OPTIONS",
     "SETTINGS",
@@ -121,6 +123,7 @@ MODEL_OPTIONS = (
 CHECKPOINT_MINUTES = Option(
     "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch"
 )
+KEEP_LAST = Option("keep_last", int, 1, "how many of the last checkpoints to keep")
 TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)")
 INPUT_SHAPE = Option(
     "input_shape",
@@ -261,7 +264,9 @@ def select_device(options: Options) -> str:
         set_threads(options["threads"])
     name: str = options["device"]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # each process of torchrun on its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else name
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():

@@ -37,6 +37,7 @@ from blokern.cli.train import train_parser
 
 if TYPE_CHECKING:
     from blokern.cli.study import Dense, Plan, Run
+    from blokern.distributed import Processes
 
 __all__ = ["prune"]
 
@@ -83,6 +84,14 @@ def prune(argv: list[str]) -> int:
         options["methods"], pruning_methods(), lambda name: [*_run_options(), *_method_options(name)]
     )
 
+    from blokern.distributed import joined
+
+    with joined() as processes:
+        _prune(options, entries, processes)
+    return 0
+
+
+def _prune(options: Options, entries: Sequence[Entry], processes: Processes) -> None:
     from blokern import keep_freed_memory
     from blokern.cli.study import Study, given_dense, trained_dense
 
@@ -94,16 +103,16 @@ def prune(argv: list[str]) -> int:
     keep_freed_memory()
     dense, runs = {}, []
     for seed in options["seeds"]:
-        network = given or trained_dense(training[seed], rewinds | {_KEPT_EPOCH})
+        network = given or trained_dense(training[seed], rewinds | {_KEPT_EPOCH}, processes)
         for epoch in rewinds:
             network.early(epoch)
-        _write_settings(options)
-        study = Study(options, network)
+        processes.lead(lambda: _write_settings(options))
+        study = Study(options, network, processes)
         dense[network] = study.accuracy(network.path, study.out / "dense" / f"test-{network.seed}.json")
         runs += [study.run(plan) for plan in plans if plan.seed == seed]
-    _write_results(options, dense, runs)
-    print(Path(options["out"], "results.md").read_text(), end="")
-    return 0
+    if processes.leads:
+        _write_results(options, dense, runs)
+        print(Path(options["out"], "results.md").read_text(), end="")
 
 
 # --- What is to be done -------------------------------------------------------------------------------------
@@ -116,6 +125,7 @@ def _run_options() -> list[Option]:
     left_out = (
         "seed",
         "cycle_momentum",
+        "sync_batch_norm",
         "eps",
         "val_steps",
         "val_restarts",

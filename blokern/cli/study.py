@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from blokern.bilevel import PruningSettings, Trainer, TrainSettings
     from blokern.data import Batches
+    from blokern.distributed import Processes
     from blokern.sparse import SparseMask
 
 __all__ = ["Dense", "Plan", "Run", "Study", "given_dense", "trained_dense"]
@@ -105,10 +107,10 @@ def given_dense(path: Path, options: Options) -> Dense:
     return Dense(path, seed, None)
 
 
-def trained_dense(options: Options, keep_epochs: set[int]) -> Dense:
+def trained_dense(options: Options, keep_epochs: set[int], processes: Processes) -> Dense:
     """The dense network of ``blokern train plain`` with these options, trained unless it is there already."""
-    trainer = make_trainer("plain", options, keep_epochs)
-    _say(f"dense, seed {options['seed']}:")
+    trainer = make_trainer("plain", options, keep_epochs, processes)
+    _say(f"dense, seed {options['seed']}:", processes)
     seconds = sum(record["train_seconds"] for record in trainer.fit())
     return Dense(trainer.run_dir / "best.pt", options["seed"], seconds)
 
@@ -119,15 +121,17 @@ def trained_dense(options: Options, keep_epochs: set[int]) -> Dense:
 class Study:
     """Prunes one dense network; what is in the folder already is not done again.
 
-    options: of the command line, "out" among them.
+    options: of the command line, "out" among them. Several processes work on each run together, in a folder that all
+    of them see; the first one writes.
     """
 
-    def __init__(self, options: Options, dense: Dense) -> None:
+    def __init__(self, options: Options, dense: Dense, processes: Processes) -> None:
         from blokern.bilevel import checkpoint
 
         self.out = Path(options["out"])
         self.options = options
         self.dense = dense
+        self.processes = processes
         self.device = select_device(options)
         self.splits, self._recipe = load_data(options, dense.seed)
         self._recipe["dense"] = checkpoint.fingerprint(dense.path)
@@ -150,7 +154,7 @@ class Study:
         pruning_seconds = training_seconds = 0.0
         for i, (density, here) in enumerate(rounds, 1):
             turn = f", round {i} of {len(rounds)}" if plan.method == "imp" else ""
-            _say(f"{plan.label}, density {density:.3g}, seed {plan.seed}{turn}:")
+            _say(f"{plan.label}, density {density:.3g}, seed {plan.seed}{turn}:", self.processes)
             # BiP's masks and weights come of one training.
             masks, seconds = ({}, 0.0) if plan.method == "bip" else self._masks(plan, density, model, here)
             trainer = self._training(plan, density, masks, here)
@@ -166,17 +170,29 @@ class Study:
 
     def accuracy(self, path: Path, memory: Path) -> float:
         """A checkpoint's accuracy on the test images, remembered in a file."""
+        import torch
+
         from blokern.attack import evaluate
         from blokern.bilevel import checkpoint
         from blokern.data import Batches
 
         question = {"checkpoint": checkpoint.fingerprint(path), "images": len(self.splits.test)}
-        if memory.exists() and (answer := json.loads(memory.read_text()))["question"] == question:
-            return float(answer["accuracy"])
-        model = checkpoint.load_model(checkpoint.load(path), path).to(self.device)
-        accuracy = evaluate(model, Batches(self.splits.test, 256), {}).clean_accuracy
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, {"question": question, "accuracy": accuracy})
+
+        def remembered() -> float | None:
+            if memory.exists() and (answer := json.loads(memory.read_text()))["question"] == question:
+                return float(answer["accuracy"])
+            return None
+
+        def remember(accuracy: float) -> None:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, {"question": question, "accuracy": accuracy})
+
+        if (accuracy := self.processes.lead(remembered)) is None:
+            model = checkpoint.load_model(checkpoint.load(path), path).to(self.device)
+            rank, size = self.processes.rank, self.processes.size
+            batches = Batches(self.splits.test, 256).dealt(rank, size, torch.Generator(), 0)
+            accuracy = evaluate(model, batches, {}, processes=self.processes).clean_accuracy
+            self.processes.lead(partial(remember, accuracy))
         return accuracy
 
     def _masks(
@@ -190,8 +206,8 @@ class Study:
 
         path = folder / "masks.pt"
         question = {**self._method(plan, density), **self._recipe, "score_batches": plan.score_batches}
-        if path.exists():
-            stored = checkpoint.load(path)
+        stored = self.processes.lead(lambda: checkpoint.load(path) if path.exists() else None)
+        if stored is not None:
             checkpoint.check_same("run", stored["question"], question, path)
         else:
             torch.manual_seed(plan.seed)
@@ -200,8 +216,7 @@ class Study:
             seconds = time.perf_counter() - start
             words = {name: (mask.words, list(mask.shape)) for name, mask in masks.items()}
             stored = {"question": question, "seconds": seconds, "masks": words}
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(path, stored)
+            self.processes.lead(partial(_save, path, stored))
         masks = {
             name: SparseMask.of_words(words.to(self.device), torch.Size(shape))
             for name, (words, shape) in stored["masks"].items()
@@ -209,11 +224,11 @@ class Study:
         return masks, stored["seconds"]
 
     def _pruned(self, plan: Plan, density: float, model: nn.Module) -> dict[str, SparseMask]:
-        from blokern.bilevel import IMP, PRUNERS, Hydra
+        from blokern.bilevel import IMP, PRUNERS, Hydra, IMPSettings
 
-        pruner = PRUNERS[plan.method][0](plan.settings)
-        if isinstance(pruner, IMP):
-            return pruner.masks(model, density)
+        if isinstance(plan.settings, IMPSettings):
+            return IMP(plan.settings).masks(model, density)
+        pruner = PRUNERS[plan.method][0](plan.settings, self.processes)
         batches = self._batches(plan.training)
         seen = _Passes(batches) if isinstance(pruner, Hydra) else [*islice(batches, plan.score_batches)]
         masks: dict[str, SparseMask] = pruner.masks(model, seen)
@@ -229,6 +244,7 @@ class Study:
             augment=training.augment,
             drop_last=True,
             seed=training.seed,
+            shard=(self.processes.rank, self.processes.size),
         )
 
     def _training(self, plan: Plan, density: float, masks: Mapping[str, SparseMask], folder: Path) -> Trainer:
@@ -253,9 +269,9 @@ class Study:
         optimizer = plan.training.optimizer(model)
         rule: StepRule | TwoBatchRule
         if isinstance(plan.settings, BiPSettings):
-            rule = BiP(model, optimizer, plan.settings)
+            rule = BiP(model, optimizer, plan.settings, processes=self.processes)
         else:
-            rule = Plain(model, optimizer, PlainSettings())
+            rule = Plain(model, optimizer, PlainSettings(), self.processes)
         samples_innermost(model)
         return Trainer(
             rule,
@@ -283,5 +299,13 @@ class _Passes:
         return self.batches.epoch(self.passes - 1)
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _save(path: Path, payload: Mapping[str, Any]) -> None:
+    from blokern.bilevel import checkpoint
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, payload)
+
+
+def _say(message: str, processes: Processes) -> None:
+    if processes.leads:
+        print(message, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
     DATA_OPTIONS,
+    KEEP_LAST,
     MACHINE_OPTIONS,
     SETTINGS,
     Options,
@@ -30,6 +31,7 @@ from blokern.cli.options import (
 if TYPE_CHECKING:
     from blokern.bilevel import Trainer
     from blokern.data import Splits
+    from blokern.distributed import Processes
 
 __all__ = ["load_data", "make_trainer", "train", "train_parser"]
 
@@ -50,13 +52,15 @@ def train(argv: list[str]) -> int:
     if options["resume"] and settings.exists() and settings.read_text().startswith(_header(method)):
         # Before the flags: nothing has to be said again, and a flag that says otherwise is noticed.
         options = parse(parser, ["--config", str(settings), *rest])
-    trainer = make_trainer(method, options)
-    history = trainer.fit()
     from blokern.bilevel.record import accuracies, ranking
+    from blokern.distributed import joined
 
-    best = max(history, key=ranking)
-    print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
-    print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
+    with joined() as processes:
+        trainer = make_trainer(method, options, processes=processes)
+        best = max(trainer.fit(), key=ranking)
+        if processes.leads:
+            print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
+            print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
     return 0
 
 
@@ -65,7 +69,7 @@ def train_parser(method: str) -> ArgumentParser:
     parser = make_parser(
         f"train {method}",
         f"{first_line(methods()[method][0])} Pixels lie in [0, 1]; eps and steps are in that unit.",
-        [*run_options(method), CHECKPOINT_MINUTES, *MACHINE_OPTIONS],
+        [*run_options(method), CHECKPOINT_MINUTES, KEEP_LAST, *MACHINE_OPTIONS],
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the run, made if needed")
     parser.add_argument(
@@ -74,14 +78,21 @@ def train_parser(method: str) -> ArgumentParser:
     return parser
 
 
-def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = ()) -> Trainer:
+def make_trainer(
+    method: str,
+    options: Options,
+    keep_epochs: Collection[int] = (),
+    processes: Processes | None = None,
+) -> Trainer:
     """The run that the options describe, ready to fit, its settings.yaml written."""
     import torch
 
     from blokern import keep_freed_memory, models
     from blokern.bilevel import Trainer, TrainSettings
     from blokern.bilevel.checkpoint import write_atomically
+    from blokern.distributed import Processes
 
+    processes = processes or Processes()
     keep_freed_memory()
     device = select_device(options)
     rule_type, settings_type = methods()[method]
@@ -92,7 +103,7 @@ def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = (
     model = models.build(**recipe["model"]).to(device)
 
     trainer = Trainer(
-        rule_type(model, settings.optimizer(model), method_settings),
+        rule_type(model, settings.optimizer(model), method_settings, processes),
         splits,
         settings,
         options["out"],
@@ -100,10 +111,12 @@ def make_trainer(method: str, options: Options, keep_epochs: Collection[int] = (
         recipe={"method": {"name": method, **asdict(method_settings)}, **recipe},
         checkpoint_minutes=options["checkpoint_minutes"],
         keep_epochs=keep_epochs,
+        keep_last=options["keep_last"],
     )
     kept = {option.name: options[option.name] for option in run_options(method)}
     text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
-    write_atomically(trainer.run_dir / SETTINGS, (_header(method) + text).encode())
+    words = (_header(method) + text).encode()
+    processes.lead(lambda: write_atomically(trainer.run_dir / SETTINGS, words))
     return trainer
 
 

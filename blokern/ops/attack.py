@@ -164,19 +164,21 @@ def random_start(
     norm: Norm = "linf",
     clip_min: float = 0.0,
     clip_max: float = 1.0,
+    first: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """x + δ clipped to [clip_min, clip_max], δ uniform in the ball of radius `eps`, drawn anew for each sample.
 
     Takes one 64-bit seed from `generator` (None: torch's own); from there Philox counters, laid out as
     csrc/attack/random_start.h says: a sample's draw depends on its index and shape, not on the batch or on threads,
-    and is the same to rounding in every dtype.
+    and is the same to rounding in every dtype. first: the index of x's first sample, so that a part of a batch draws
+    what it would within the whole.
 
     >>> random_start(torch.zeros(2, 3), 0.1, generator=torch.Generator().manual_seed(0)).amax() <= 0.1
     tensor(True)
     """
     (eps,) = _sizes(x, eps)
-    return cast(Tensor, _call("random_start", norm, "", (x, eps, clip_min, clip_max, generator)))
+    return cast(Tensor, _call("random_start", norm, "", (x, eps, clip_min, clip_max, first, generator)))
 
 
 def fast_bat_step(
@@ -214,7 +216,7 @@ _ARGUMENTS = {
         *("x_adv", "x_prev", "x", "grad", "step_size", "eps", "momentum", "clip_min", "clip_max"),
         *("keep", "active"),
     ),
-    "random_start": ("x", "eps", "clip_min", "clip_max", "generator"),
+    "random_start": ("x", "eps", "clip_min", "clip_max", "first", "generator"),
     "fast_bat_step": ("z", "x", "grad", "step_size", "eps", "clip_min", "clip_max"),
 }
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -225,6 +227,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "clip_max": ("a float", (float, int)),
     "active": ("a Tensor or None", (Tensor, type(None))),
     "keep": ("an int, a Tensor or None", (int, Tensor, type(None))),
+    "first": ("an int", (int,)),
     "generator": ("a torch.Generator or None", (torch.Generator, type(None))),
 }
 

@@ -3,7 +3,7 @@
 // Randomness is Philox under one 64-bit seed a call. Element i of sample n is word i % 4 of the counter
 // (i / 4 low, i / 4 high, n, stream): stream 0 has the elements, stream 1 (word 0 of block 0) the sample's
 // one further draw. A sample's δ therefore depends on the seed, its index and its shape alone: not on the
-// batch or on threads.
+// batch or on threads. Indices run from `first` on: a part of a batch draws what it would within the whole.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,7 @@ struct RandomStart {
   PerSample eps;
   Box clip;
   uint64_t seed;
+  int64_t first;
 };
 
 enum Stream : uint32_t { kElements = 0, kSample = 1 };

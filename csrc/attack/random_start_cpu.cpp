@@ -61,7 +61,7 @@ void random_start_linf(const RandomStart<T>& p, int64_t begin, int64_t end) {
   using A = Accum<T>;
   A* const delta = scratch<A>(p.batch.size);
   for (int64_t n = begin; n < end; ++n) {
-    for_each_words(p.seed, n, p.batch.size, [&](int64_t i, int count, const Words& words) {
+    for_each_words(p.seed, p.first + n, p.batch.size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; ++j) delta[i + j] = linf_draw<A>(words[j]);
     });
     finish_row(delta, p.x[n], p.eps[n], p.clip, p.out[n], p.batch.size);
@@ -77,7 +77,7 @@ void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end) {
   A* const delta = scratch<A>(size);
   for (int64_t n = begin; n < end; ++n) {
     double squared = 0;
-    for_each_words(p.seed, n, size, [&](int64_t i, int count, const Words& words) {
+    for_each_words(p.seed, p.first + n, size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; j += 2) {
         const Gaussians<A> pair = gaussians<A>(words[j], words[j + 1]);
         for (int k = 0; k < 2 && j + k < count; ++k) {
@@ -86,7 +86,7 @@ void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end) {
         }
       }
     });
-    const double radius = radius_draw(sample_word(p.seed, n), size);
+    const double radius = radius_draw(sample_word(p.seed, p.first + n), size);
     finish_row(delta, p.x[n], p.eps[n] * radius / std::sqrt(squared), p.clip, p.out[n], size);
   }
 }
@@ -99,8 +99,8 @@ void random_start_l1(const RandomStart<T>& p, int64_t begin, int64_t end) {
   const int64_t size = p.batch.size;
   A* const delta = scratch<A>(size);
   for (int64_t n = begin; n < end; ++n) {
-    double total = exponential<double>(sample_word(p.seed, n));
-    for_each_words(p.seed, n, size, [&](int64_t i, int count, const Words& words) {
+    double total = exponential<double>(sample_word(p.seed, p.first + n));
+    for_each_words(p.seed, p.first + n, size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; ++j) {
         delta[i + j] = signed_exponential<A>(words[j]);
         total += static_cast<double>(absolute(delta[i + j]));

@@ -76,7 +76,7 @@ struct RandomStartLinf {
   template <class T>
   static BLOKERN_DEVICE void row(const RandomStart<T>& p, int64_t n, Team& team) {
     using A = Accum<T>;
-    const Draws draws(p.seed, n);
+    const Draws draws(p.seed, p.first + n);
     finish_start<A>(p, n, team.walk<kDraws<T>>(p.batch.size, 0), p.eps[n], [=](int64_t i, auto part) {
       return draws.singles<A>(i, part, [](uint32_t word) { return linf_draw<A>(word); });
     });
@@ -89,7 +89,7 @@ struct RandomStartL2 {
   template <class T>
   static BLOKERN_DEVICE void row(const RandomStart<T>& p, int64_t n, Team& team) {
     using A = Accum<T>;
-    const Draws draws(p.seed, n);
+    const Draws draws(p.seed, p.first + n);
     const auto walk = team.walk<kDraws<T>>(p.batch.size, 0);
     const auto delta = [=](int64_t i, auto part) { return draws.normals<A>(i, part); };
     const double squared = team.sum<A>(walk, [&](int64_t i, auto part) {
@@ -107,7 +107,7 @@ struct RandomStartL1 {
   template <class T>
   static BLOKERN_DEVICE void row(const RandomStart<T>& p, int64_t n, Team& team) {
     using A = Accum<T>;
-    const Draws draws(p.seed, n);
+    const Draws draws(p.seed, p.first + n);
     const auto walk = team.walk<kDraws<T>>(p.batch.size, 0);
     const auto delta = [=](int64_t i, auto part) {
       return draws.singles<A>(i, part, [](uint32_t word) { return signed_exponential<A>(word); });

@@ -235,19 +235,25 @@ void apgd_step_(const Tensor& x_adv, const Tensor& x_prev, const Tensor& x, cons
 // ---- random_start
 
 template <class Device, Norm norm, class Number>
-Tensor random_start(const Tensor& x, Number eps, double clip_min, double clip_max,
+Tensor random_start(const Tensor& x, Number eps, double clip_min, double clip_max, int64_t first,
                     std::optional<at::Generator> generator) {
   checks::images(x, "x");
   checks::constant(x, "x");
   checks::box(clip_min, clip_max);
+  TORCH_CHECK_VALUE(first >= 0, "first must be at least 0, got ", first);
   const Size radius = size_of<Device, checks::radius>(eps, "eps", x);
   Tensor out = at::empty_like(x);
   Arrangement rows(out, /*flat=*/false);
   const Tensor rows_x = rows.input(x), rows_out = rows.output(out);
   const uint64_t seed = Device::draw_seed(std::move(generator), x);
   dispatch_image(x.scalar_type(), [&]<class T>() {
-    const RandomStart<T> p{rows.batch(nullptr), rows.read<T>(rows_x), rows.write<T>(rows_out),
-                           radius.value,        {clip_min, clip_max}, seed};
+    const RandomStart<T> p{rows.batch(nullptr),
+                           rows.read<T>(rows_x),
+                           rows.write<T>(rows_out),
+                           radius.value,
+                           {clip_min, clip_max},
+                           seed,
+                           first};
     if constexpr (norm == Norm::linf) Device::samples(x, p, BLOKERN_KERNEL(random_start_linf));
     if constexpr (norm == Norm::l2) Device::samples(x, p, BLOKERN_KERNEL(random_start_l2));
     if constexpr (norm == Norm::l1) Device::samples(x, p, BLOKERN_KERNEL(random_start_l1));

@@ -318,6 +318,8 @@ class TestRandomStart:
         assert torch.equal(first, draw(None))
         # A sample's draw depends on its index, not on the batch; no two samples share one.
         assert torch.equal(draw(seeded(), x[:2]), draw(seeded())[:2])
+        rest = ops.random_start(x[2:], 0.2, norm=norm, first=2, generator=seeded())
+        assert torch.equal(rest, draw(seeded())[2:])
         assert not torch.equal(first[0], first[1])
         torch.testing.assert_close(draw(seeded(), x.double()).float(), draw(seeded()), rtol=0, atol=2e-7)
 

@@ -25,7 +25,7 @@ def _overload_args(op: str, per_sample: bool) -> tuple[object, ...]:
         "pgd_step": (x_adv, x, grad, size, size, 0.0, 1.0, active),
         "project": (x_adv, x, size, 0.0, 1.0, None),
         "apgd_step": (x_adv, x.clone(), x, grad, size, size, 0.75, 0.0, 1.0, None, active),
-        "random_start": (x, size, 0.0, 1.0, None),
+        "random_start": (x, size, 0.0, 1.0, 2, None),
         "fast_bat_step": (x_adv - x, x, grad, size, size, 0.0, 1.0),
     }[op]
 
@@ -167,6 +167,8 @@ WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], objec
     (ValueError, "eps must be at least 0, got -0.1", lambda a, x, g: ops.pgd_step_(a, x, g, 0.1, -0.1)),
     (ValueError, "eps must be at least 0, got nan", lambda a, x, g: ops.project(a, x, float("nan"))),
     (ValueError, "eps must be at least 0", lambda a, x, g: ops.random_start(x, torch.tensor([0.1, -1.0]))),
+    (ValueError, "first must be at least 0, got -1", lambda a, x, g: ops.random_start(x, 0.1, first=-1)),
+    (TypeError, "first must be an int, got float", lambda a, x, g: ops.random_start(x, 0.1, first=1.5)),
     (ValueError, "step_size must be finite", lambda a, x, g: ops.pgd_step(a, x, g, float("inf"), 0.1)),
     (ValueError, "clip_min must be at most clip_max", lambda a, x, g: ops.project_(a, x, 0.1, clip_min=2.0)),
     (

@@ -102,7 +102,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def grad_align(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     clean = input_gradient(model, x, y)
     loss = plain(model, into_ball(x + 1.25 * EPS * clean.sign(), x), y)
-    noise = torch.empty_like(x).uniform_(-EPS, EPS)
+    noise = ops.random_start(x, EPS, clip_min=-math.inf, clip_max=math.inf) - x
     noisy = input_gradient(model, x + noise, y, graph=True)
     cosine = F.cosine_similarity(clean.flatten(1), noisy.flatten(1), dim=1)
     return loss + 0.2 * 10 ** ((255 * EPS - 8) / 8) * (1.0 - cosine.mean())
@@ -241,8 +241,7 @@ def test_channels_last_and_strided_batches(name: str, monkeypatch: pytest.Monkey
     # Random numbers come in memory order: the same ones for all.
     noise = 0.03 * torch.randn_like(x)
     monkeypatch.setattr(ops, "random_start", lambda x, *_, **__: (x + noise).clamp(0.0, 1.0))
-    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    monkeypatch.setattr(Tensor, "uniform_", lambda self, *_: self.copy_(noise))
+    monkeypatch.setattr(Tensor, "normal_", lambda self: self.copy_(noise))
 
     run(name, reference, x, y)
     run(name, plain_order, x.repeat_interleave(2, dim=0)[::2], y.repeat_interleave(2)[::2])

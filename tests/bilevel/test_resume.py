@@ -9,6 +9,7 @@ from runs import BATCHES, assert_same_run, make, metrics, sending
 
 from blokern.bilevel import FastBAT, Interrupted, checkpoint
 from blokern.bilevel import trainer as trainer_module
+from blokern.bilevel.saver import Saver
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -37,11 +38,11 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, uninterrupted, step, epoch, b
 def test_a_signal_during_validation_is_not_lost(tmp_path, uninterrupted, monkeypatch):
     real, calls = trainer_module.evaluate, []
 
-    def evaluate(model, loader, attack):
+    def evaluate(model, loader, attack, **options):
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return real(model, loader, attack)
+        return real(model, loader, attack, **options)
 
     monkeypatch.setattr(trainer_module, "evaluate", evaluate)
     with pytest.raises(Interrupted):
@@ -53,15 +54,15 @@ def test_a_signal_during_validation_is_not_lost(tmp_path, uninterrupted, monkeyp
 
 
 def test_a_signal_while_an_epoch_is_saved_stops_at_its_end(tmp_path, uninterrupted, monkeypatch):
-    real = checkpoint.save
+    real = Saver.save
 
-    def save(path, payload):
-        if payload["epoch"] == 2 and path.name == "last.pt":
+    def save(saver, name, payload):
+        if payload["epoch"] == 2 and name == "last.pt":
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
-        real(path, payload)
+        real(saver, name, payload)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     with pytest.raises(Interrupted, match="after epoch 2 of 3"):
         make(tmp_path).fit()
     make(tmp_path, resume=True).fit()

@@ -83,7 +83,8 @@ void run(const Call& call, const CudaCall& cuda) {
       BY_NORM(project)
     }
     if (starts_with("random_start")) {
-      const RandomStart<T> p{call.batch(), x, call.rows<T>("out"), call.radii(), call.clip, call.seed()};
+      const RandomStart<T> p{call.batch(), x,           call.rows<T>("out"),      call.radii(),
+                             call.clip,    call.seed(), call.given.count("first")};
       BY_NORM(random_start)
     }
   }

@@ -71,14 +71,14 @@ class EmulatedOps:
         got = self._call("fast_bat_step", tensors, step_size, eps, **box)
         return got["out"], got["free"]
 
-    def random_start(self, x, eps, *, norm="linf", generator=None, **box):
+    def random_start(self, x, eps, *, norm="linf", generator=None, **numbers):
         # The 64 bits that the op draws of a CPU generator.
         seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator))
         tensors = {"x": x, "out": torch.empty_like(x)}
-        return self._call(f"random_start_{norm}", tensors, 0.0, eps, seed=seed % 2**64, **box)["out"]
+        return self._call(f"random_start_{norm}", tensors, 0.0, eps, seed=seed % 2**64, **numbers)["out"]
 
     def _call(
-        self, op, tensors, step_size, eps, *, momentum=1.0, clip_min=0.0, clip_max=1.0, seed=0
+        self, op, tensors, step_size, eps, *, momentum=1.0, clip_min=0.0, clip_max=1.0, seed=0, first=0
     ) -> dict[str, Tensor]:
         images = tensors["x"]
         sizes = {"step_size": step_size, "eps": eps}
@@ -92,7 +92,7 @@ class EmulatedOps:
         numbers = {
             **{"samples": len(images), "size": images[0].numel(), "step_size": step_size, "eps": eps},
             **{"momentum": momentum, "clip_min": clip_min, "clip_max": clip_max},
-            **{"seed_high": seed >> 32, "seed_low": seed % 2**32},
+            **{"seed_high": seed >> 32, "seed_low": seed % 2**32, "first": first},
         }
         return self._server.call(op, (images.dtype, tensors.get("grad", images).dtype), numbers, rows)
 

@@ -1,0 +1,56 @@
+"""The command line under torchrun; and that it goes on after a process was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from blokern.bilevel import checkpoint
+
+TRAIN = [
+    "train",
+    "fast-bat",
+    "--data=digits",
+    "--train-limit=200",
+    "--epochs=8",
+    "--batch-size=32",
+    "--eps=0.1",
+]
+TRAIN += ["--val-steps=1", "--width=2", "--resume"]
+
+
+def torchrun(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def workers(parent: int) -> list[int]:
+    """The processes that torchrun has started, in order of rank."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return sorted(int(child) for child in children if "blokern" in Path(f"/proc/{child}/cmdline").read_text())
+
+
+def test_trains_and_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
+    run = torchrun("--max-restarts=1", "-m", "blokern", *TRAIN, f"--out={tmp_path}")
+    said = []
+    assert run.stderr is not None
+    for line in run.stderr:
+        said.append(line)
+        if line.startswith("epoch 1/8") and not any("continuing" in words for words in said):
+            os.kill(workers(run.pid)[-1], signal.SIGKILL)
+    assert run.wait() == 0, "".join(said)
+    assert run.stdout is not None
+    # The first process alone speaks.
+    assert run.stdout.read().count("best: epoch") == 1
+    words = "".join(said)
+    assert words.count("epoch 8/8") == 1
+    assert "continuing" in words
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 8
+    names = {"last.pt", "best.pt", "metrics.jsonl", "settings.yaml", "curves.png"}
+    assert {p.name for p in tmp_path.iterdir()} >= names
