@@ -83,7 +83,7 @@ def cpu_library(capability: str, flags: list[str]) -> CppExtension:
 def cuda_library() -> CppExtension:
     return CUDAExtension(
         "blokern._cuda",
-        sources("cpu_module.cpp", "*/register_cuda.cpp", "*/*_cuda.cu"),
+        sources("cpu_module.cpp", "*/register_*cuda.cpp", "*/*_cuda.cu"),
         include_dirs=[str(CSRC)],
         depends=sources("**/*.h", "**/*.cuh"),
         extra_compile_args={"cxx": FLAGS, "nvcc": NVCC_FLAGS},

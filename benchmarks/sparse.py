@@ -151,6 +151,9 @@ def _layer(layer: Layer, batch: int, sparsity: int) -> Iterator[Case]:
 
     name = f"{layer.name}, batch {batch}, {sparsity} % sparse"
     forward = {key: rival.forward for key, rival in rivals.items()}
+    if len(layer.weight) == 2:
+        packed = ops.pack_weight(weight, mask)
+        forward["blokern, packed beforehand"] = lambda: ops.packed_linear(x, packed)
     yield Case(f"{name}, forward", forward | csr.forward(), ours)
     backward = {key: rival.backward() for key, rival in rivals.items()}
     yield Case(f"{name}, backward", backward | csr.backward(rivals[ours].grad), ours)

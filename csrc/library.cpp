@@ -47,6 +47,9 @@ constexpr const char* kProducts[] = {
     "count_words(Tensor words) -> Tensor",
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
+    "packed_values(Tensor weight, Tensor start, Tensor column, int block) -> Tensor",
+    "packed_spmm(Tensor values, Tensor x, Tensor? bias, Tensor start, Tensor column, int block, int rows)"
+    " -> Tensor",
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", bool dense_grad) -> Tensor",
     "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", bool dense_grad) -> Tensor",
     "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",

@@ -20,6 +20,7 @@ from blokern.ops.curvature import (
     softmax_cross_entropy_hvp,
 )
 from blokern.ops.mask import SparseMask
+from blokern.ops.packed import PackedWeight, pack_weight, packed_linear
 from blokern.ops.products import masked_linear, sddmm, spmm
 from blokern.ops.pruning import bip_released_step_, bip_score_step_, masked_sgd_step_
 from blokern.ops.selection import channel_mask, filter_mask, nm_mask, topk_mask
@@ -27,6 +28,7 @@ from blokern.ops.types import Norm, PerSample, Scope
 
 __all__ = [
     "Norm",
+    "PackedWeight",
     "PerSample",
     "Scope",
     "SparseMask",
@@ -46,6 +48,8 @@ __all__ = [
     "masked_linear",
     "masked_sgd_step_",
     "nm_mask",
+    "pack_weight",
+    "packed_linear",
     "pgd_step",
     "pgd_step_",
     "project",

@@ -35,8 +35,9 @@ def masked_conv2d(
     x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
     keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight
     may hold anything, NaN too, and its gradient is zero. Samples innermost (strides (1, HWN, WN, N)) is the fastest
-    layout, and the result then has it too; else it is contiguous. With dense_grad, derivatives are those by
-    w = weight ⊙ mask itself, as in :func:`masked_linear`. Raises ValueError or TypeError, naming the argument.
+    layout on the CPU, channels_last on CUDA, and the result then has it too; else it is contiguous. With dense_grad,
+    derivatives are those by w = weight ⊙ mask itself, as in :func:`masked_linear`. Raises ValueError or TypeError,
+    naming the argument.
 
     >>> mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     >>> masked_conv2d(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), 3.0), mask)
@@ -117,7 +118,11 @@ class Plan(NamedTuple):
 
 
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
-    """The plan, made anew; masked_conv2d keeps it with the mask."""
+    """The plan, made anew; masked_conv2d keeps it with the mask. On CUDA, where products are dense, without streams."""
+    numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
+    if mask.device.type == "cuda":
+        sizes = [shape.rows, *shape.out, shape.channels], [shape.channels, *shape.size, shape.rows]
+        return Plan([], [], *sizes, numbers, mask.words)
     if shape.taps == (1, 1) and shape.stride == (1, 1) and shape.before == (0, 0):
         # Tiles are runs of pixels, not rows of images.
         run = shape._replace(size=(1, _RUN_POSITIONS), out=(1, _RUN_POSITIONS))
@@ -126,7 +131,6 @@ def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
             geometry[1:3] = shape.out
     else:
         forward, backward = _forward(mask, shape), _backward(mask, shape)
-    numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
     return Plan(forward[0], backward[0], forward[1], backward[1], numbers, mask.words)
 
 
@@ -337,6 +341,12 @@ def _like(x: Tensor, geometry: list[int]) -> Tensor:
     samples = x.shape[0]
     if x.stride(0) == 1 and samples > 1:
         return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)
+    if (
+        x.device.type == "cuda"
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return x.new_empty(samples, height, width, rows).permute(0, 3, 1, 2)
     return x.new_empty(samples, rows, height, width)
 
 

@@ -17,10 +17,12 @@ T = TypeVar("T")
 # the block's stay in the first-level cache saves.
 _ENTRIES_A_PART = 8
 _SMALLEST_BLOCK = 192
+# On CUDA: the density from which products are always dense ones, and need no stream (register_products_cuda.cpp).
+_CUDA_STREAM_DENSITY = 0.05
 
 
 class Stream(NamedTuple):
-    """Kept entries in the order of csrc/sparse/stream.h."""
+    """Kept entries in the order of csrc/sparse/stream.h. On CUDA a mask that keeps much has none, but its words."""
 
     start: Tensor
     column: Tensor
@@ -145,7 +147,10 @@ class SparseMask:
             words, cols = self.words, self.cols
             if transposed:
                 words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
-            block = block_of(cols, self.density)
+            if self.device.type == "cuda" and self.density > _CUDA_STREAM_DENSITY:
+                none = words.new_empty(0, dtype=torch.int32)
+                return Stream(none, none, 0, words)
+            block = block_of(cols, self.density) if self.device.type == "cpu" else 64 * words.shape[1]
             start, column = torch.ops.blokern.mask_stream(words, cols, block)
             return Stream(start, column, block, words)
 

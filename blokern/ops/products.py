@@ -1,8 +1,9 @@
 """Products with a masked weight that do work for the kept entries only, and read no other weight.
 
-float64, float32 or bfloat16 (sums in float32), any strides, CPU. Differentiable any number of times: the two products
+float64, float32 or bfloat16 (sums in float32), any strides. Differentiable any number of times: the two products
 are each other's derivatives. A row's sum has one order, whatever the number of threads; only where a mask keeps so
-much that the dense product is faster, torch multiplies, the masked weights being zeros, with what its products promise.
+much that the dense product is faster, which on CUDA is from a few percent on, torch multiplies, the masked weights
+being zeros, with what its products promise.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Selections: which entries of a score are kept, as bool masks.
 
-Scores are float64, float32, bfloat16 or float16, of any strides, on the CPU; the values rank as given, so pass |w| for
-magnitudes. Of equal scores the one with the lower index is kept, in the order of the list and then row-major, whatever
-the strides; −0 equals +0, infinities and denormals rank as numbers, NaN is a ValueError. Masks are new, row-major, the
-same whatever the number of threads, and carry no gradient: scores may require grad, and no derivative comes back.
+Scores are float64, float32, bfloat16 or float16, of any strides; the values rank as given, so pass |w| for magnitudes.
+Of equal scores the one with the lower index is kept, in the order of the list and then row-major, whatever the strides;
+−0 equals +0, infinities and denormals rank as numbers. NaN is a ValueError; on CUDA, which the host does not wait for,
+it is an assertion on the device, which the next call that waits raises. Masks are new, row-major, the same whatever
+the number of threads, and carry no gradient: scores may require grad, and no derivative comes back.
 
 Every function raises ValueError for a value, shape, device or name that does not fit and TypeError for a type that
 does not, naming the argument.

@@ -12,10 +12,12 @@ from blokern.sparse.layout import (
     to_samples_innermost,
 )
 from blokern.sparse.modules import MaskedConv2d, MaskedLinear, masks_of, sparsify, to_dense
+from blokern.sparse.packed import PackedLinear, pack
 
 __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
+    "PackedLinear",
     "SamplesInnermostAdaptiveAvgPool2d",
     "SamplesInnermostAvgPool2d",
     "SamplesInnermostBatchNorm2d",
@@ -24,6 +26,7 @@ __all__ = [
     "compact",
     "is_samples_innermost",
     "masks_of",
+    "pack",
     "samples_innermost",
     "sparsify",
     "to_dense",

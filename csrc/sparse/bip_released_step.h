@@ -20,4 +20,8 @@ BLOKERN_INLINE V bip_released_gradient(V weight, V grad, V implicit) {
 template <class T>
 void bip_released_step(const SgdLayer<T>& p, double implicit, int64_t begin, int64_t end);
 
+// CUDA kernel, for all layers, queued on the call's stream.
+template <class T>
+void bip_released_step(std::span<const SgdLayer<T>> layers, double implicit, const CudaCall& call);
+
 }  // namespace blokern

@@ -15,6 +15,10 @@ BLOKERN_INLINE V bip_score_gradient(V weight, V grad, M kept, V implicit) {
 
 // CPU kernel, for rows [begin, end): p.value are the scores.
 template <class T>
-void bip_score_step(const SgdLayer<T>& p, const T* weight, double implicit, int64_t begin, int64_t end);
+void bip_score_step(const SgdLayer<T>& p, double implicit, int64_t begin, int64_t end);
+
+// CUDA kernel, for all layers, queued on the call's stream.
+template <class T>
+void bip_score_step(std::span<const SgdLayer<T>> layers, double implicit, const CudaCall& call);
 
 }  // namespace blokern

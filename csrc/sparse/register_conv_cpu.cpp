@@ -1,8 +1,5 @@
-// Convolutions with a masked weight on CPU tensors: checks, layouts, threads. Arithmetic: conv_cpu.cpp.
+// Convolutions with a masked weight on CPU tensors: tiles, threads. Arithmetic: conv_cpu.cpp.
 #include <ATen/Parallel.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
@@ -12,18 +9,19 @@
 #include <numeric>
 #include <span>
 
-#include "checks.h"
 #include "sparse/conv.h"
 #include "sparse/conv_entries.h"
 #include "sparse/conv_planes.h"
+#include "sparse/register_conv.h"
 #include "sparse/torch_cpu.h"
 
 namespace blokern {
 namespace {
 
+using namespace conv_ops;
+
 // What blokern/ops/convolution.py says of a convolution, or of its gradient by the input, which is one too.
-struct Geometry {
-  int64_t rows, height, width;  // of the output
+struct Geometry : Sizes {
   Tiling tiling;                // of the input
   c10::ArrayRef<int64_t> rest;  // kPiece numbers for each piece of the output
 
@@ -34,11 +32,7 @@ struct Geometry {
   static constexpr int64_t kHead = 10, kPiece = 8;
 
   explicit Geometry(c10::ArrayRef<int64_t> g)
-      : rows(g[0]),
-        height(g[1]),
-        width(g[2]),
-        tiling{g[3], g[4], g[5], g[6], g[7], g[8], g[9]},
-        rest(g.slice(kHead)) {}
+      : Sizes(g), tiling{g[3], g[4], g[5], g[6], g[7], g[8], g[9]}, rest(g.slice(kHead)) {}
 
   size_t pieces() const { return rest.size() / kPiece; }
   Positions piece(size_t i) const {
@@ -47,18 +41,10 @@ struct Geometry {
   }
 };
 
-void check_images(const Tensor& x, const char* name, int64_t channels) {
-  check_float(x, name);
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == channels, name, " must be [N, ", channels, ", H, W], got ",
-                    x.sizes());
-}
-
 constexpr int64_t kPackedBytes = 16 << 20;
 
 // Positions in a run of pixels: ops/convolution.py plans tiles of this width.
 constexpr int64_t kRunPositions = 16;
-
-bool is_batch_innermost(const Tensor& x) { return x.stride(0) == 1 && x.size(0) > 1; }
 
 // A layout in which the rows of a plane follow one another, and samples or pixels are innermost.
 Tensor tileable(const Tensor& x) {
@@ -238,69 +224,6 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
   return y;
 }
 
-void check_weight(const Tensor& weight, const Tensor& x) {
-  check_float(weight, "weight");
-  check_factor(weight, "weight", x, "x");
-}
-
-// A convolution as torch takes it, for masks that keep so much that the dense product is faster.
-struct DenseConv {
-  at::IntArrayRef stride, before, dilation;
-  int64_t groups;
-
-  explicit DenseConv(at::IntArrayRef numbers)
-      : stride(numbers.slice(0, 2)),
-        before(numbers.slice(2, 2)),
-        dilation(numbers.slice(4, 2)),
-        groups(numbers[6]) {}
-
-  Tensor forward(const Tensor& x, at::IntArrayRef out, const Tensor& weight,
-                 const OptionalTensor& bias) const {
-    const NoAutocast guard(kAutocast);
-    return at::convolution(padded(x, out, weight.sizes()), weight, bias, stride, before, dilation, false,
-                           zeros(), groups);
-  }
-
-  Tensor by_input(const Tensor& grad, at::IntArrayRef size, const Tensor& weight) const {
-    const NoAutocast guard(kAutocast);
-    const auto [rows, cols] = more(size, grad.sizes(), weight.sizes());
-    const Tensor x = at::empty({size[0], size[1], size[2] + rows, size[3] + cols}, grad.options());
-    const Tensor product = std::get<0>(backward(grad, x, weight, {true, false, false}));
-    return product.narrow(2, 0, size[2]).narrow(3, 0, size[3]);
-  }
-
-  Tensor by_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef weight) const {
-    const NoAutocast guard(kAutocast);
-    const Tensor like = at::empty(weight, x.options());
-    return std::get<1>(backward(grad, padded(x, grad.sizes(), weight), like, {false, true, false}));
-  }
-
- private:
-  static std::array<int64_t, 2> zeros() { return {0, 0}; }
-
-  // Padding to the "same" size may be longer at the end: rows and columns that outputs read beyond the
-  // padding on both sides.
-  std::array<int64_t, 2> more(at::IntArrayRef size, at::IntArrayRef out, at::IntArrayRef weight) const {
-    std::array<int64_t, 2> more{};
-    for (int i = 0; i < 2; ++i) {
-      const int64_t read = (out[2 + i] - 1) * stride[i] + dilation[i] * (weight[2 + i] - 1) + 1;
-      more[i] = std::max<int64_t>(0, read - size[2 + i] - 2 * before[i]);
-    }
-    return more;
-  }
-
-  Tensor padded(const Tensor& x, at::IntArrayRef out, at::IntArrayRef weight) const {
-    const auto [rows, cols] = more(x.sizes(), out, weight);
-    return rows + cols == 0 ? x : at::constant_pad_nd(x, std::array<int64_t, 4>{0, cols, 0, rows});
-  }
-
-  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                              std::array<bool, 3> wanted) const {
-    return at::convolution_backward(grad, x, weight, at::OptionalIntArrayRef(), stride, before, dilation,
-                                    false, zeros(), groups, wanted);
-  }
-};
-
 enum class Product { kOutput, kByInput, kByWeight };
 
 // Whether the dense product is faster, by the densities from which it is; measured at layers of ResNet-18 and
@@ -321,22 +244,11 @@ bool dense_pays(Product product, const Tensor& weight, int64_t kept, const Tenso
          static_cast<double>(kept) > limit * static_cast<double>(weight.numel());
 }
 
-// y in the layout that the kernels give it: x's.
-Tensor laid_out(const Tensor& y, const Tensor& x) {
-  return is_batch_innermost(x) ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous();
-}
-
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef,
                      at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
-  check_images(x, "x", g.tiling.channels);
-  check_weight(weight, x);
-  if (bias.has_value()) {
-    check_factor(*bias, "bias", x, "x");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.rows, "bias must have shape [", g.rows,
-                      "], got ", bias->sizes());
-  }
+  check_convolution(x, weight, bias, g);
   if (dense_pays(Product::kOutput, weight, streams[1].numel(), x, numbers)) {
     const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
@@ -422,12 +334,6 @@ void for_each_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, cons
     });
     body(some, x.size(0) * g.height * g.width * static_cast<int64_t>(some.size()) / tiles);
   }
-}
-
-void check_weight_gradient(const Tensor& grad, const Tensor& x, const Geometry& g) {
-  check_images(x, "x", g.tiling.channels);
-  check_images(grad, "grad", g.rows);
-  check_factor(grad, "grad", x, "x");
 }
 
 // The tiling of the output's gradient.

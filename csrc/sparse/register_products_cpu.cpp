@@ -1,15 +1,12 @@
-// The sparse family's masks and products on CPU tensors: checks, layout, threads. Arithmetic: stream_cpu.cpp,
-// spmm_cpu.cpp.
+// The masked products on CPU tensors: which kernel, threads. Arithmetic: spmm_cpu.cpp, skinny_cpu.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "checks.h"
+#include "sparse/register_products.h"
 #include "sparse/skinny.h"
 #include "sparse/spmm.h"
 #include "sparse/stream.h"
@@ -18,16 +15,11 @@
 namespace blokern {
 namespace {
 
+using namespace product_ops;
+
 template <class T>
 Matrix<const T> matrix(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1)};
-}
-
-void check_matrix(const Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(
-      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
-      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.dim() == 2, name, " must be a matrix, got shape ", t.sizes());
 }
 
 template <class T, int kSlot>
@@ -39,13 +31,6 @@ const Accum<T>* packed(const Tensor& x) {
     pack_panels<T>(matrix<T>(x), features, samples, panels, b, e);
   });
   return panels;
-}
-
-// y [rows, samples] in x's layout: samples innermost, or (x is the transpose of a batch) rows innermost.
-Tensor empty_product(int64_t rows, const Tensor& x) {
-  const int64_t samples = x.size(1);
-  if (x.stride(0) == 1 && x.stride(1) != 1) return at::empty_strided({rows, samples}, {1, rows}, x.options());
-  return at::empty({rows, samples}, x.options());
 }
 
 template <class A, int kSlot>
@@ -99,29 +84,12 @@ bool dense_pays(const Tensor& weight, int64_t kept, int64_t samples) {
          static_cast<double>(kept) > 0.45 * static_cast<double>(weight.numel());
 }
 
-// Y = W X + bias by torch, W being masked already, in X's layout.
-Tensor dense_spmm(const Tensor& masked, const Tensor& x, const OptionalTensor& bias) {
-  const NoAutocast guard(kAutocast);
-  if (x.stride(0) == 1 && x.stride(1) != 1) return at::linear(x.t(), masked, bias).t();
-  const Tensor y = at::mm(masked, x);
-  return bias.has_value() ? y.add_(bias->unsqueeze(1)) : y;
-}
-
 Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
                const Tensor& column, int64_t block, const OptionalTensor& words,
                const OptionalTensor& start_t, const OptionalTensor& column_t, int64_t block_t,
                const OptionalTensor& words_t, bool /*dense_grad*/) {
-  check_matrix(weight, "weight");
-  check_matrix(x, "x");
-  check_factor(x, "x", weight, "weight");
+  check_spmm(weight, x, bias);
   const int64_t rows = weight.size(0), cols = weight.size(1), samples = x.size(1);
-  TORCH_CHECK_VALUE(x.size(0) == cols, "x must have ", cols, " features, one a column of weight, got ",
-                    x.size(0));
-  if (bias.has_value()) {
-    check_factor(*bias, "bias", weight, "weight");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",
-                      bias->sizes());
-  }
   const Stream stream = stream_of(start, column, rows, cols, block);
   Tensor y = empty_product(rows, x);
   if (y.numel() == 0) return y;
@@ -158,13 +126,55 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
   return y;
 }
 
+// The type in which products add up.
+at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The kept weights, in the stream's order.
+Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
+  check_matrix(weight, "weight");
+  const Stream stream = stream_of(start, column, weight.size(0), weight.size(1), block);
+  const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
+  dispatch(weight.scalar_type(), [&]<class T>() {
+    Accum<T>* const value = values.mutable_data_ptr<Accum<T>>();
+    over_rows(stream, 1,
+              [&](int64_t b, int64_t e) { gather_values<T>(stream, matrix<T>(weight), value, b, e); });
+  });
+  return values;
+}
+
+Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
+                      const Tensor& column, int64_t block, int64_t rows) {
+  check_matrix(x, "x");
+  if (bias.has_value()) {
+    check_factor(*bias, "bias", x, "x");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",
+                      bias->sizes());
+  }
+  const int64_t cols = x.size(0), samples = x.size(1);
+  const Stream stream = stream_of(start, column, rows, cols, block);
+  TORCH_CHECK_TYPE(values.scalar_type() == sum_type(x.scalar_type()), "x must have the weight's dtype, got ",
+                   x.scalar_type(), " and values of ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == column.numel(), "values must have ",
+                    column.numel(), " elements, one an entry, got shape ", values.sizes());
+  Tensor y = empty_product(rows, x);
+  if (y.numel() == 0) return y;
+  if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
+  const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
+  dispatch(x.scalar_type(), [&]<class T>() {
+    using A = Accum<T>;
+    const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
+    const A *const panels = packed<T, kFactor>(x), *const value = values.const_data_ptr<A>();
+    const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
+    over_rows(stream, samples,
+              [&](int64_t b, int64_t e) { spmm<T>(stream, value, panels, offset, out, samples, b, e); });
+  });
+  return y;
+}
+
 Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor& column, int64_t block,
                 const OptionalTensor& words, const OptionalTensor& /*start_t*/,
                 const OptionalTensor& /*column_t*/, int64_t /*block_t*/, const OptionalTensor& /*words_t*/) {
-  check_matrix(a, "a");
-  check_matrix(b, "b");
-  check_factor(b, "b", a, "a");
-  TORCH_CHECK_VALUE(a.size(1) == b.size(1), "b must have the samples of a, ", a.size(1), ", got ", b.size(1));
+  check_sddmm(a, b);
   const int64_t rows = a.size(0), cols = b.size(0), samples = a.size(1);
   const Stream stream = stream_of(start, column, rows, cols, block);
   Tensor product = at::empty({rows, cols}, a.options());
@@ -199,6 +209,8 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
 TORCH_LIBRARY_IMPL(blokern, CPU, m) {
   m.impl("spmm", spmm_op);
   m.impl("sddmm", sddmm_op);
+  m.impl("packed_values", packed_values_op);
+  m.impl("packed_spmm", packed_spmm_op);
 }
 
 }  // namespace blokern

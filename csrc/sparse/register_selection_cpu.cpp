@@ -1,46 +1,25 @@
-// The sparse family's selections on CPU tensors: checks, layout, threads. Arithmetic: topk_mask_cpu.cpp,
+// The sparse family's selections on CPU tensors: passes and threads. Arithmetic: topk_mask_cpu.cpp,
 // nm_mask_cpu.cpp.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isnan.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <string>
-#include <vector>
 
-#include "checks.h"
-#include "sparse/nm_mask.h"
-#include "sparse/topk_mask.h"
-#include "support/dispatch.h"
+#include "sparse/register_selection.h"
 
 namespace blokern {
 namespace {
 
 using at::Tensor;
+using selection_ops::Layer;
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
-
-Tensor empty_mask(const Tensor& scores) {
-  return at::empty(scores.sizes(), scores.options().dtype(at::kBool));
-}
 
 void check_no_nan(const Tensor& scores, const std::string& name) {
   const auto nans = at::isnan(scores).sum().item<int64_t>();
   TORCH_CHECK_VALUE(nans == 0, name, " must have no NaN, got ", nans, " in ", scores.numel(), " values");
 }
-
-// ---- topk_mask
-
-// One tensor of the list, row-major; its entries are [begin, end) of the whole list's.
-struct Layer {
-  std::string name;
-  Tensor scores, mask;
-  int64_t begin, end;
-  int64_t selection;  // the one that it takes part in
-};
 
 // The list's entries in equal parts, one a thread.
 class Parts {
@@ -137,64 +116,24 @@ void select(const std::vector<Layer>& layers, std::vector<int64_t> wanted) {
   });
 }
 
-// Python's round: to the nearest, halves to even.
-int64_t round_product(double density, int64_t entries) {
-  return std::llrint(density * static_cast<double>(entries));
-}
-
-std::vector<Tensor> topk_mask_op(at::TensorList scores, double density, bool per_layer) {
-  TORCH_CHECK_VALUE(density > 0 && density <= 1, "density must be in (0, 1], got ", density);
-  std::vector<Layer> layers;
-  std::vector<Tensor> masks;
-  std::vector<int64_t> kept;
-  bool any_double = false;
-  int64_t end = 0;
-  for (const Tensor& t : scores) {
-    const auto index = static_cast<int64_t>(layers.size());
-    const std::string name = scores.size() == 1 ? "scores" : "scores[" + std::to_string(index) + "]";
-    checks::floating(t, name.c_str());
-    any_double |= t.scalar_type() == at::kDouble;
-    masks.push_back(empty_mask(t));
-    layers.push_back({name, t.contiguous(), masks.back(), end, end + t.numel(), per_layer ? index : 0});
-    end += t.numel();
-    if (per_layer) kept.push_back(round_product(density, t.numel()));
+struct CpuSelection {
+  static void topk_mask(const std::vector<Layer>& layers, const std::vector<int64_t>& wanted,
+                        bool any_double) {
+    any_double ? select<uint64_t>(layers, wanted) : select<uint32_t>(layers, wanted);
   }
-  if (!per_layer) kept.push_back(round_product(density, end));
-  any_double ? select<uint64_t>(layers, kept) : select<uint32_t>(layers, kept);
-  return masks;
-}
 
-// ---- nm_mask
-
-Tensor nm_mask_op(const Tensor& scores, int64_t n, int64_t m, int64_t dim) {
-  checks::floating(scores, "scores");
-  TORCH_CHECK_VALUE(m >= 1, "m must be at least 1, got ", m);
-  TORCH_CHECK_VALUE(n >= 1 && n <= m, "n must be in [1, m], got n=", n, " and m=", m);
-  const int64_t dims = scores.dim();
-  TORCH_CHECK_VALUE(-dims <= dim && dim < dims, "dim must be a dimension of scores, which has ", dims,
-                    ", got ", dim);
-  if (dim < 0) dim += dims;
-  TORCH_CHECK_VALUE(scores.size(dim) % m == 0, "scores must have a multiple of m, ", m,
-                    ", entries along dim ", dim, ", got shape ", scores.sizes());
-  Tensor mask = empty_mask(scores);
-  const Tensor dense = scores.contiguous();
-  std::atomic<bool> any_nan = false;
-  dispatch_image(scores.scalar_type(), [&]<class T>() {
-    const NmMask<T> p{dense.const_data_ptr<T>(), mask.mutable_data_ptr<bool>(), n, m,
-                      c10::multiply_integers(scores.sizes().slice(dim + 1))};
-    at::parallel_for(0, scores.numel() / m, std::max<int64_t>(1, kGrain / m), [&](int64_t b, int64_t e) {
-      if (nm_mask(p, b, e)) any_nan = true;
+  template <class T>
+  static void nm_mask(const NmMask<T>& p, const Tensor& scores) {
+    std::atomic<bool> any_nan = false;
+    at::parallel_for(0, p.groups, std::max<int64_t>(1, kGrain / p.m), [&](int64_t b, int64_t e) {
+      if (blokern::nm_mask(p, b, e)) any_nan = true;
     });
-  });
-  if (any_nan) check_no_nan(scores, "scores");
-  return mask;
-}
+    if (any_nan) check_no_nan(scores, "scores");
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blokern, CPU, m) {
-  m.impl("topk_mask", topk_mask_op);
-  m.impl("nm_mask", nm_mask_op);
-}
+TORCH_LIBRARY_IMPL(blokern, CPU, m) { selection_ops::implement<CpuSelection>(m); }
 
 }  // namespace blokern

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "sparse/stream.h"
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
@@ -17,6 +19,7 @@ template <class T>
 struct SgdLayer {
   int64_t rows, cols;
   T* value;
+  const T* weight;  // θ, of a step whose values are scores, or null
   const T* grad;
   T* buffer;              // the momentum's, or null: none
   const uint64_t* words;  // the mask's bits, see stream.h, or null: not asked for

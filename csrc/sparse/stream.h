@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "support/cuda/call.h"
+
 namespace blokern {
 
 struct Stream {
@@ -14,7 +16,7 @@ struct Stream {
       start;  // [blocks() * rows + 1]: where the part of row r in block b begins, at [b * rows + r]
   const int32_t* column;  // [kept entries]
 
-  int64_t blocks() const { return (cols + block - 1) / block; }
+  constexpr int64_t blocks() const { return (cols + block - 1) / block; }
 };
 
 // A mask as bits: row r is words [r * row_words(cols), ...), column c bit c % 64 of word c / 64; bits beyond
@@ -38,5 +40,15 @@ void count_stream(const MaskWords& mask, int64_t block, int32_t* start, int64_t 
 // Given start, summed up: the columns of rows [begin, end).
 void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int32_t* column, int64_t begin,
                  int64_t end);
+
+// CUDA kernels of the same, for all rows, queued on the call's stream.
+void pack_mask(const bool* mask, const MaskWords& to, const CudaCall& call);
+void unpack_mask(const MaskWords& from, bool* mask, const CudaCall& call);
+void transpose_mask(const MaskWords& from, const MaskWords& to, const CudaCall& call);
+void count_stream(const MaskWords& mask, int64_t block, int32_t* start, const CudaCall& call);
+void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int32_t* column,
+                 const CudaCall& call);
+// *count += how many bits of words [size] are set.
+void count_words(const uint64_t* words, int64_t size, int64_t* count, const CudaCall& call);
 
 }  // namespace blokern

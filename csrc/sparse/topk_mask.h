@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "sparse/order.h"
+#include "support/cuda/call.h"
 
 namespace blokern {
 
@@ -20,12 +22,12 @@ struct Digit {
   int shift = 8 * sizeof(K) - kBits;
   K mask = 0, known = 0;
 
-  bool is_first() const { return mask == 0; }
+  BLOKERN_INLINE bool is_first() const { return mask == 0; }
   BLOKERN_INLINE bool admits(K key) const { return (key & mask) == known; }
   BLOKERN_INLINE int64_t of(K key) const { return static_cast<int64_t>(key >> shift) & (kValues - 1); }
 
   // The threshold has this value here: on to the next digit. The last one begins with bits that are known.
-  void fix(int64_t value) {
+  BLOKERN_INLINE void fix(int64_t value) {
     known |= static_cast<K>(value) << shift;
     mask = ~K(0) << shift;
     shift = shift > kBits ? shift - kBits : 0;
@@ -40,5 +42,22 @@ void count_digits(const T* scores, int64_t size, const Digit<K>& digit, int64_t*
 // `ties`.
 template <class K, class T>
 int64_t mask_largest(const T* scores, int64_t size, K threshold, int64_t ties, bool* mask);
+
+enum class ScoreType : int32_t { float64, float32, bfloat16, float16 };
+
+// One tensor of a list, row-major.
+struct ScoreLayer {
+  const void* scores;
+  bool* mask;
+  int64_t size;
+  int32_t selection;  // the one that it takes part in: layers of one follow each other
+  ScoreType type;
+};
+
+// CUDA: the masks of a whole list, selection s keeping wanted[s] entries, queued on the call's stream; *ok ←
+// 0 where a score is NaN, and the masks then mean nothing. K's keys hold every layer's scores.
+template <class K>
+void topk_mask(std::span<const ScoreLayer> layers, std::span<const int64_t> wanted, int* ok,
+               const CudaCall& call);
 
 }  // namespace blokern

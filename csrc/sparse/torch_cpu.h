@@ -1,24 +1,18 @@
-// What the registrations of the sparse products share on torch's side: dtypes, checks, threads.
+// The sparse ops on CPU tensors: how their work is shared among threads.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
-#include "checks.h"
 #include "sparse/skinny.h"
 #include "sparse/stream.h"
+#include "sparse/torch_ops.h"
 #include "support/scratch.h"
 
 namespace blokern {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
 
@@ -26,51 +20,21 @@ inline int64_t grain(int64_t elements_a_row) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_a_row));
 }
 
-template <class F>
-void dispatch(at::ScalarType type, F&& f) {
-  if (type == at::kDouble) return f.template operator()<double>();
-  if (type == at::kFloat) return f.template operator()<float>();
-  f.template operator()<at::BFloat16>();
-}
+struct Cpu {
+  template <class Kernel>
+  static void run(const Tensor& /*like*/, int64_t count, int64_t cost, Kernel kernel) {
+    at::parallel_for(0, count, grain(cost), [&](int64_t begin, int64_t end) { kernel(begin, end); });
+  }
 
-inline void check_float(const Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(
-      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
-      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
-}
+  template <class T>
+  static void apply_mask(const MaskWords& mask, const T* weight, T* to, int64_t begin, int64_t end) {
+    blokern::apply_mask<T>(mask, {weight, mask.cols, 1}, to, begin, end);
+  }
+};
 
-inline void check_factor(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  checks::same_device(t, name, like, like_name);
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
-                   like.scalar_type(), ", got ", t.scalar_type());
-}
-
-inline MaskWords words_of(const Tensor& words, int64_t cols) {
-  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
-  TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
-                    "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
-                    words.sizes());
-  // The kernels that only read take the same struct.
-  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
-}
-
-// weight ⊙ mask, contiguous, of a weight [rows, ...].
 inline Tensor masked_weight(const Tensor& weight, const Tensor& words) {
-  const Tensor dense = weight.contiguous();
-  Tensor masked = at::empty(weight.sizes(), weight.options());
-  const int64_t cols = weight.numel() / weight.size(0);
-  const MaskWords mask = words_of(words, cols);
-  dispatch(weight.scalar_type(), [&]<class T>() {
-    at::parallel_for(0, mask.rows, grain(cols), [&](int64_t b, int64_t e) {
-      apply_mask<T>(mask, {dense.const_data_ptr<T>(), cols, 1}, masked.mutable_data_ptr<T>(), b, e);
-    });
-  });
-  return masked;
+  return masked_weight<Cpu>(weight, words);
 }
-
-// A product that is left to torch runs as ours do, whatever the caller's autocast.
-using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
-inline constexpr c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCPU};
 
 // A product of fewer multiplications is not worth the choice between sparse and dense; and torch has no fast
 // float64 convolution.

@@ -69,6 +69,8 @@ def test_every_schema_is_checked_here() -> None:
         "count_words",
         "spmm",
         "sddmm",
+        "packed_values",
+        "packed_spmm",
         "masked_conv2d",
         "masked_conv2d_input",
         "bip_score_step_",

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for family in ("attack", "curvature"):
+for family in ("attack", "sparse", "curvature"):
     sys.path.insert(0, str(Path(__file__).parent.parent / family))

@@ -18,6 +18,11 @@ FOLDER = ROOT / "build" / "cuda_check"
 ARCHITECTURES = ("sm_80", "sm_90a")
 #: Kernels whose results are a few sums, and one whose inputs are too: what is theirs to stream is the rest.
 SUMS, NARROW = ("column_sums", "LabelWeightsRow"), ("column_factors",)
+SUMS += ("count_digits", "count_bits", "11pack_pieces", "multiply_few", "inner_products")
+NARROW += ("choose_digit", "mask_ties", "nm_mask_any", "transpose_halves", "count_parts", "fill_parts")
+NARROW += ("multiply_streamIfLi1", "multiply_streamIfLi2", "multiply_streamIdLi1")  # of few samples
+#: Kernels that write much, and read no more than a mask's bits.
+FILLS = ("unpack_pieces", "cleared_packs")
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
 FLAGS += [word for path in include_paths() for word in ("-isystem", path)]
 
@@ -70,6 +75,7 @@ def without_wide_accesses(disassembler: str, cubin: Path) -> list[str]:
         if any(narrow in name for narrow in NARROW):
             continue
         wanted = ("LDG",) if any(sums in name for sums in SUMS) else ("LDG", "STG")
+        wanted = ("STG",) if any(fills in name for fills in FILLS) else wanted
         bits = 64 if "column_" in name and re.search("Half|BFloat16", name) else 128  # packs of four elements
         if not all(re.search(rf"\b{word}\.E\S*{bits}", part) for word in wanted):
             lacking.append(name)

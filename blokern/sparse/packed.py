@@ -1,0 +1,86 @@
+"""Pruned networks that only predict."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from blokern import ops
+from blokern.ops.mask import SparseMask
+from blokern.sparse.modules import MaskedLinear, drop_mask
+
+__all__ = ["PackedLinear", "pack"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a weight's kept entries alone, for inference; see `pack`.
+
+    weight: [out, in]; mask: bool or SparseMask of that shape; bias: [out] or None. All are copied. They are in no
+    state_dict: save the masked network.
+
+    >>> layer = PackedLinear(torch.randn(4, 8), torch.rand(4, 8) < 0.1)
+    >>> layer(torch.randn(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    values: Tensor
+    start: Tensor
+    column: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, mask: Tensor | SparseMask, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self._take(ops.pack_weight(weight, mask), None if bias is None else bias.detach().clone())
+
+    def _take(self, packed: ops.PackedWeight, bias: Tensor | None) -> None:
+        self.block, self.out_features, self.in_features = packed.block, packed.rows, packed.cols
+        for name in ("values", "start", "column"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def weight(self) -> ops.PackedWeight:
+        """As :func:`ops.packed_linear` takes it."""
+        shape = (self.block, self.out_features, self.in_features)
+        return ops.PackedWeight(self.values, self.start, self.column, *shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.packed_linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        density = len(self.values) / max(1, self.out_features * self.in_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4g}"
+
+
+def pack(model: ModelT, max_density: float = 0.2) -> ModelT:
+    """Make the masked linear layers of a model what is fastest when it only predicts, in place.
+
+    Those that keep at most max_density of their weights become PackedLinear, the others dense, with zeros for their
+    masked weights. At 2048 × 2048 and two threads, packing pays at any density up to 0.5 for 128 samples, up to 0.2
+    for one (docs/design.md). Masked convolutions stay what they are. Returns the model, which has no derivatives
+    through packed layers and does not save them.
+
+    >>> pack(nn.Sequential(MaskedLinear(8, 4, mask=torch.zeros(4, 8, dtype=torch.bool))))
+    Sequential(
+      (0): PackedLinear(in_features=8, out_features=4, density=0)
+    )
+    """
+    for module in model.modules():
+        if type(module) is MaskedLinear:
+            if module.mask.density > max_density:
+                drop_mask(module)
+            else:
+                _pack_layer(module)
+    return model
+
+
+def _pack_layer(module: Any) -> None:
+    packed = ops.pack_weight(module.weight, module.mask)
+    bias = None if module.bias is None else module.bias.detach()
+    drop_mask(module)
+    del module.weight, module.bias
+    module.__class__ = PackedLinear
+    module._take(packed, bias)

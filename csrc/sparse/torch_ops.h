@@ -1,0 +1,70 @@
+// What the registrations of the sparse ops share on torch's side, whatever the device: dtypes and checks. A
+// Device is a struct, Cpu of torch_cpu.h or Cuda of torch_cuda.h: run(like, count, cost, kernel) calls
+// kernel(where...) where the tensor `like` is, `where` being a part [begin, end) of `count` rows, each worth
+// `cost` elements of work, or the CudaCall that takes all of them; apply_mask(mask, weight, to, where...)
+// writes weight ⊙ mask.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "sparse/stream.h"
+
+namespace blokern {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class F>
+void dispatch(at::ScalarType type, F&& f) {
+  if (type == at::kDouble) return f.template operator()<double>();
+  if (type == at::kFloat) return f.template operator()<float>();
+  f.template operator()<at::BFloat16>();
+}
+
+inline void check_float(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
+      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
+}
+
+inline void check_factor(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  checks::same_device(t, name, like, like_name);
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
+                   like.scalar_type(), ", got ", t.scalar_type());
+}
+
+inline MaskWords words_of(const Tensor& words, int64_t cols) {
+  TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
+  TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
+                    "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
+                    words.sizes());
+  // The kernels that only read take the same struct.
+  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+}
+
+// weight ⊙ mask, contiguous, of a weight [rows, ...].
+template <class Device>
+Tensor masked_weight(const Tensor& weight, const Tensor& words) {
+  const Tensor dense = weight.contiguous();
+  Tensor masked = at::empty(weight.sizes(), weight.options());
+  if (weight.numel() == 0) return masked;
+  checks::same_device(words, "the mask", weight, "weight");
+  const MaskWords mask = words_of(words, weight.numel() / weight.size(0));
+  dispatch(weight.scalar_type(), [&]<class T>() {
+    Device::run(weight, mask.rows, mask.cols, [&](const auto&... where) {
+      Device::apply_mask(mask, dense.const_data_ptr<T>(), masked.mutable_data_ptr<T>(), where...);
+    });
+  });
+  return masked;
+}
+
+// A product that is left to torch runs as ours do, whatever the caller's autocast.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+inline constexpr c10::DispatchKeySet kAutocast{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA};
+
+}  // namespace blokern
