@@ -150,10 +150,11 @@ def test_an_image_is_its_pixels(tmp_path, channels):
     torch.testing.assert_close(pixels, image.expand(3, 5, 7), rtol=0, atol=1 / 255)
 
 
-def test_a_single_run_has_its_page_beside_it_and_the_same_bytes_each_time(runs):
+def test_a_single_run_has_its_page_beside_it_and_the_same_bytes_each_time(runs, capsys):
     run = runs / "adv" / "fast-at" / "seed-1"
     command = ["report", str(run), "--images=2", "--steps=1"]
     assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{run / 'report.html'}: 1 run, ")
     text, parsed = written(run / "report.html")
     assert parsed.rows[1][0] == "fast-at"
     assert 'class="legend"' not in text

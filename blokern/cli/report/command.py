@@ -45,7 +45,8 @@ def report(argv: list[str]) -> int:
     groups = find_groups(folders)
     data = page(groups, _attacks(groups, options)).encode()
     write_atomically(out, data)
-    print(f"{out}: {sum(len(group.runs) for group in groups)} runs, {len(data):,} bytes")
+    count = sum(len(group.runs) for group in groups)
+    print(f"{out}: {count} {'run' if count == 1 else 'runs'}, {len(data):,} bytes")
     return 0
 
 
