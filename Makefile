@@ -61,7 +61,8 @@ $(VENV)/.setup: constraints.txt pyproject.toml
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack \
-		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator
+		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator \
+		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)

@@ -17,6 +17,7 @@ from blokern.cli.export import export
 from blokern.cli.info import info
 from blokern.cli.options import check_known, first_line
 from blokern.cli.prune import prune
+from blokern.cli.report import report
 from blokern.cli.spectrum import spectrum
 from blokern.cli.train import train
 
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prune": prune,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
     "export": export,
     "spectrum": spectrum,
     "bench": bench,

@@ -2,6 +2,7 @@
 
 from blokern.ops.mask import SparseMask
 from blokern.sparse.compact import compact
+from blokern.sparse.convert import from_csr, from_torch_prune, to_csr, to_torch_prune
 from blokern.sparse.layout import (
     SamplesInnermostAdaptiveAvgPool2d,
     SamplesInnermostAvgPool2d,
@@ -24,11 +25,15 @@ __all__ = [
     "SamplesInnermostMaxPool2d",
     "SparseMask",
     "compact",
+    "from_csr",
+    "from_torch_prune",
     "is_samples_innermost",
     "masks_of",
     "pack",
     "samples_innermost",
     "sparsify",
+    "to_csr",
     "to_dense",
     "to_samples_innermost",
+    "to_torch_prune",
 ]

@@ -37,7 +37,9 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("blokern 0.")
 
 
-@pytest.mark.parametrize("command", ["train", "prune", "evaluate", "compare", "export", "spectrum", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "prune", "evaluate", "compare", "report", "export", "spectrum", "info"]
+)
 def test_each_command_explains_itself(capsys, command):
     assert cli.main([command, "--help"]) == 0
     assert f"usage: blokern {command}" in capsys.readouterr().out
