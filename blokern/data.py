@@ -442,6 +442,10 @@ def _find_idx(name: str, folder: Path, stem: str) -> Path:
     raise FileNotFoundError(f"{name}: neither {candidates[0]} nor {candidates[1].name} is there{hint}")
 
 
+#: Bytes; the largest of MNIST's relatives, EMNIST, has 0.6e9.
+_LARGEST_IDX = 2**31
+
+
 def _read_idx(path: Path, ndim: int) -> Tensor:
     """The uint8 tensor in an idx file: bytes 0, 0, type (8 is uint8), ndim; big-endian uint32 sizes; data."""
     file_size = path.stat().st_size
@@ -462,6 +466,8 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
             # A false header must not make us allocate its size: deflate expands at most 1032 times.
             if count > file_size * (1032 if compressed else 1):
                 raise ValueError(f"{path}: {file_size} bytes cannot hold the {shape} that its header claims")
+            if count > _LARGEST_IDX:  # a file of zeros may be as small as it likes
+                raise ValueError(f"{path}: its header claims {shape}, more than {_LARGEST_IDX} bytes")
             data = file.read(count + 1)  # one more than expected shows a surplus, and has gzip check its CRC
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: truncated or corrupt gzip file: {error}") from error
@@ -534,6 +540,8 @@ def _tiny_imagenet(name: str, data_dir: Path | None) -> _Pair:
             raise ValueError(
                 f"{annotations}, line {number}: expected FILE, tab, a class in {train_dir}, got {line!r}"
             )
+        if Path(fields[0]).name != fields[0]:
+            raise ValueError(f"{annotations}, line {number}: expected the name of a file, got {fields[0]!r}")
         test.append((annotations.parent / "images" / fields[0], classes.index(fields[1])))
     if not test:
         raise ValueError(f"{annotations}: expected a line for each picture, got none")

@@ -413,6 +413,15 @@ def test_tiny_imagenet_damaged(
         load("tiny-imagenet", data_dir=tiny_imagenet)
 
 
+@pytest.mark.parametrize("name", ["../../secret.JPEG", "/secret.JPEG"])
+def test_tiny_imagenet_reads_no_other_folder(tiny_imagenet: Path, name: str) -> None:
+    annotations = tiny_imagenet / "val" / "val_annotations.txt"
+    first, *rest = annotations.read_text().splitlines()
+    annotations.write_text("\n".join(["\t".join([name, *first.split("\t")[1:]]), *rest]))
+    with pytest.raises(ValueError, match="line 1: expected the name of a file"):
+        load("tiny-imagenet", data_dir=tiny_imagenet)
+
+
 def test_tiny_imagenet_without_classes(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import io
 import os
-import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,22 @@ def load(path: str | Path) -> dict[str, Any]:
     1
     """
     body, _ = _read(path)
+    file = io.BytesIO(body)
     try:
-        payload = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        if not _is_plain(file, len(body)):
+            raise CheckpointError(f"{path} holds compressed or overlapping records, which no checkpoint does")
+        file.seek(0)
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+        if _storage_size(payload) > len(body):
+            raise CheckpointError(f"{path} claims tensors that are larger than the file")
+    except CheckpointError:
+        raise
+    except Exception as error:  # the digest keeps no one from writing a file that fails torch in any way
         raise CheckpointError(f"{path} cannot be read by torch {torch.__version__}: {error}") from error
-    if payload["version"] != VERSION:
+    version = payload.get("version") if isinstance(payload, dict) else None
+    if not isinstance(version, int) or version != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {payload['version']}, but this blokern reads format {VERSION}"
+            f"{path} has checkpoint format {version}, but this blokern reads format {VERSION}"
         )
     return dict(payload)
 
@@ -128,7 +137,7 @@ def recipe_of(payload: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     'small_cnn'
     """
     recipe: dict[str, Any] = payload.get("recipe", {})
-    if "model" not in recipe:
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), dict):
         raise CheckpointError(
             f"{source} does not say how its network is built; see checkpoint.load_weights to use it in Python"
         )
@@ -143,9 +152,39 @@ def load_model(payload: Mapping[str, Any], source: str | Path) -> nn.Module:
 
     >>> model = load_model(load("runs/a/best.pt"), "runs/a/best.pt")
     """
-    model = models.build(**recipe_of(payload, source)["model"])
-    load_weights(model, payload["model"], source)
+    recipe, weights = recipe_of(payload, source)["model"], _checked_weights(payload.get("model"), source)
+    recipe = {**recipe, "name": str(recipe.get("name"))}
+    # A network has a weight for each of its channels and classes: no recipe makes us build one that is larger.
+    most = sum(weight.numel() for weight in weights.values())
+    for name, value in recipe.items():
+        if name in _OF_ELSEWHERE:
+            raise CheckpointError(f"{source}: its recipe may not have the network read {name}={value!r}")
+        if isinstance(value, int) and value > most:
+            raise CheckpointError(f"{source}: its recipe asks for {name}={value}, for {most} weights")
+    try:
+        if not recipe["name"].startswith("timm:"):
+            with torch.device("meta"):
+                blank = models.build(**recipe)
+            _check_fit(blank, _new_masks(blank, weights), weights, source)
+        model = models.build(**recipe)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source}: no network can be built by its recipe: {error}") from error
+    load_weights(model, weights, source)
     return model
+
+
+#: Arguments of timm that read other files, or the network's weights from the net.
+_OF_ELSEWHERE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def _checked_weights(weights: Any, source: str | Path) -> Mapping[str, Tensor]:
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
+        raise CheckpointError(f"{source} has no weights: its model must be a dict of tensors by name")
+    return weights
 
 
 def find_input_shape(
@@ -187,7 +226,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
 
     >>> load_weights(model, load("runs/a/best.pt")["model"], "runs/a/best.pt")
     """
-    expected, masks = model.state_dict(), _new_masks(model, weights)
+    weights = _checked_weights(weights, source)
+    masks = _new_masks(model, weights)
+    _check_fit(model, masks, weights, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer without weights: whoever pruned it was told
+        sparsify(model, masks)
+    model.load_state_dict(weights)
+
+
+def _check_fit(
+    model: nn.Module, masks: Mapping[str, SparseMask], weights: Mapping[str, Tensor], source: str | Path
+) -> None:
+    expected = model.state_dict()
     known = expected.keys() | {_words_of(name) for name in masks}
     problems = {
         "missing": [name for name in expected if name not in weights],
@@ -201,10 +252,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"{source} is of another architecture: weights {'; '.join(found)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a layer without weights: whoever pruned it was told
-        sparsify(model, masks)
-    model.load_state_dict(weights)
 
 
 def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, SparseMask]:
@@ -214,7 +261,7 @@ def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Spa
         words = weights.get(_words_of(name))
         if words is not None and type(model.get_submodule(name.rpartition(".")[0])) in (nn.Linear, nn.Conv2d):
             with contextlib.suppress(ValueError):
-                masks[name] = SparseMask.of_words(words.clone(), weight.shape)
+                masks[name] = SparseMask(SparseMask.of_words(words, weight.shape).to_dense())
     return masks
 
 
@@ -279,6 +326,33 @@ def _read(path: str | Path) -> tuple[memoryview, bytes]:
     if hashlib.sha256(body).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return body, bytes(digest)
+
+
+def _is_plain(file: io.BytesIO, size: int) -> bool:
+    """Whether a zip archive is what torch.save writes: records as they are, together no larger than the file."""
+    records = zipfile.ZipFile(file).infolist()
+    plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    return plain and sum(record.file_size for record in records) <= size
+
+
+def _storage_size(payload: Any) -> int:
+    """The bytes of all tensors in nested dicts, lists and tuples; those that share memory are counted once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left = [payload]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return sum(sizes.values())
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -117,15 +117,23 @@ def load_sparse(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no export of blokern: its kind is {metadata.get('kind')!r}, not {_KIND!r}"
         )
-    shapes = json.loads(metadata["shapes"])
-    for name in _masked(weights):
-        mask = SparseMask.of_words(weights[_words_of(name)], torch.Size(shapes[name]))
-        if weights[name].shape != (mask.kept,):
-            raise CheckpointError(
-                f"{path}: {name} must have {mask.kept} values to fit its mask, got {list(weights[name].shape)}"
-            )
-        weights[name] = weights[name].new_zeros(mask.shape).masked_scatter_(mask.to_dense(), weights[name])
-    return {"recipe": json.loads(metadata["recipe"]), "model": weights}
+    try:
+        shapes, recipe = json.loads(metadata["shapes"]), json.loads(metadata["recipe"])
+        for name in _masked(weights):
+            weights[name] = _spread(weights[name], weights[_words_of(name)], torch.Size(shapes[name]))
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {"recipe": recipe, "model": weights}
+
+
+def _spread(values: Tensor, words: Tensor, shape: torch.Size) -> Tensor:
+    """The dense weight of this shape that has the values where the mask is 1, and else zeros."""
+    mask = SparseMask.of_words(words, shape)
+    if values.shape != (mask.kept,):
+        raise ValueError(
+            f"a masked weight must have {mask.kept} values to fit its mask, got {list(values.shape)}"
+        )
+    return values.new_zeros(mask.shape).masked_scatter_(mask.to_dense(), values)
 
 
 def _masked(weights: Mapping[str, Tensor]) -> list[str]:
