@@ -120,7 +120,7 @@ def _products(name: str, model: nn.Module, x: Tensor) -> Case:
         f"hvp, linearized before, {STACK} stacked": lambda: at_x.hvp(stacked, retain_graph=True),
         "hvp: double backward": _double_backward(model, x, y, v),
         "hvp: torch.func, jvp of grad": torch_func,
-        "hvp: the same, compiled": torch.compile(torch_func),
+        "hvp: the same, compiled": torch.compile(torch_func, dynamic=False),
         "hvp: curvlinops": lambda: hessian @ flat,
         "ggnvp": lambda: curvature.ggnvp(model, F.cross_entropy, x, y, v),
         "ggnvp, linearized before": lambda: at_x.ggnvp(v, retain_graph=True),
@@ -166,7 +166,7 @@ def _losses(samples: int, classes: int) -> Case:
         by_logits[rows, y] -= 1 / len(y)
         return -log_p[rows, y].mean(), by_logits, p * (u - (p * u).sum(dim=1, keepdim=True)) / len(y)
 
-    compiled = torch.compile(formula)
+    compiled = torch.compile(formula, dynamic=False)
     name = "ops.softmax_cross_entropy_hvp"
     rivals: dict[str, Run] = {
         name: lambda: ops.softmax_cross_entropy_hvp(logits, u, y),
