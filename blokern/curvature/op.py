@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -30,7 +31,7 @@ class Call(NamedTuple):
     out: Any
 
 
-class Op:
+class Op(ABC):
     """One op y = f(a, b, …) of a tape.
 
     Notation, here and in all rules: ȧ is a tangent, the derivative of a along the direction at hand; the adjoint of a
@@ -71,24 +72,24 @@ class Op:
         return args
 
     def setup(self, out: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is made of other ops, not of a call")
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027  # most have nothing to do
         """Called once `inputs` says which slots have derivatives: the place to become straight, or to save less."""
 
+    @abstractmethod
     def tangent(self, *tangents: Maybe) -> Maybe:
         """ẏ; at least one of the tangents is not None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
         """The adjoints of the wanted slots: fᵀ g."""
-        raise NotImplementedError
 
     def adjoint_tangent(
         self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
         """The tangents of what `adjoint` gives: fᵀ ġ + ḟᵀ g. Of curved ops only, and only these need it."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is straight: the adjoint of ġ is all there is")
 
     def both(
         self,
@@ -128,17 +129,17 @@ class Single(Op):
         self.operand = Meta(call.args[0].shape, call.args[0].dtype)
         super().__init__(call)
 
+    @abstractmethod
     def push(self, a_dot: Tensor) -> Tensor:
         """ẏ"""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self, g: Tensor) -> Tensor:
         """The adjoint of a."""
-        raise NotImplementedError
 
     def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
-        """The derivative of `pull` along ȧ, at g."""
-        raise NotImplementedError
+        """The derivative of `pull` along ȧ, at g; of curved ops only."""
+        raise TypeError(f"{type(self).__name__} is straight: it has no bend")
 
     def tangent(self, *tangents: Maybe) -> Maybe:
         return None if tangents[0] is None else self.push(tangents[0])

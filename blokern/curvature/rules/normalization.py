@@ -13,6 +13,7 @@ On the CPU and on CUDA this is done by kernels, of stacks too; elsewhere in plai
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,14 +64,14 @@ class Normalization(Op):
         x, mean, rstd = self.saved[:3]
         return x, mean, rstd, self.saved[3] if self.weighted else None
 
-    def kernel_tangent(self, x_dot: Tensor, weight_dot: Maybe, bias_dot: Maybe) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def kernel_tangent(self, x_dot: Tensor, weight_dot: Maybe, bias_dot: Maybe) -> Tensor: ...
 
+    @abstractmethod
     def kernel_bars(
         self, grad: Tensor, grad_dot: Tensor, x_dot: Tensor, weight_dot: Maybe, adjoint: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The adjoint of x, if asked for, and the tangents of those of x, γ and β."""
-        raise NotImplementedError
 
     def tangent(self, *tangents: Maybe) -> Maybe:
         x_dot, weight_dot, bias_dot = tangents[:3]
@@ -264,13 +265,13 @@ class RowNorm(Normalization):
 
     rows: tuple[int, int]
 
+    @abstractmethod
     def to_kinds(self, t: Tensor) -> Tensor:
         """γ or β, or a stack of their tangents, as the kernels take them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_kinds(self, bar: Tensor) -> Tensor:
         """The transpose."""
-        raise NotImplementedError
 
     def _rows(self, t: Tensor) -> Tensor:
         return t.reshape(*t.shape[: t.dim() - len(self.meta.shape)], *self.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -36,14 +37,14 @@ class Bilinear(Op):
     def settle(self) -> None:
         self.curved = self.inputs[self.slot_a] is not None and self.inputs[self.slot_b] is not None
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def product(self, a: Tensor, b: Tensor) -> Tensor: ...
 
-    def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def by_a(self, grad: Tensor, b: Tensor) -> Tensor: ...
 
-    def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def by_b(self, grad: Tensor, a: Tensor) -> Tensor: ...
 
     def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
         """B_b(ġ, a) + B_b(g, ȧ): where it pays, as one product of twice the samples."""
