@@ -241,7 +241,7 @@ def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> A
     else:
         raise unknown_name("norm", norm, _NORMS)
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.blokern, full_name)(*args)
+        return getattr(torch.ops.blokern, full_name).per_sample(*args)
     try:
         return getattr(C, full_name)(*args)
     except TypeError:
@@ -254,14 +254,18 @@ def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> A
 
 
 def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
-    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N]."""
-    if not any(isinstance(size, Tensor) for size in sizes):
+    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N].
+
+    In a graph always tensors, and these products: a float that an op takes, torch.full too, is a constant of the
+    graph, and another value a reason to compile anew.
+    """
+    if not any(isinstance(size, Tensor) for size in sizes) and not torch.compiler.is_compiling():
         return sizes
 
     def per_sample(size: PerSample) -> Tensor:
         if isinstance(size, Tensor):
             return size.to(torch.float64)
-        return torch.full(images.shape[:1], size, dtype=torch.float64, device=images.device)
+        return images.new_ones(images.shape[:1], dtype=torch.float64) * size
 
     return tuple(per_sample(size) for size in sizes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
             raise ValueError(f"{name} must not require a gradient: packed weights are for inference")
     if x.dim() == 0 or x.shape[-1] != weight.cols:
         raise ValueError(f"x must have shape [..., {weight.cols}], got {tuple(x.shape)}")
-    samples = x.reshape(x.shape[:-1].numel(), weight.cols).t()
+    samples = x.reshape(math.prod(x.shape[:-1]), weight.cols).t()
     entries = (weight.start, weight.column, weight.block, weight.rows)
     y: Tensor = torch.ops.blokern.packed_spmm(weight.values, samples, bias, *entries).t()
     return y.reshape(*x.shape[:-1], weight.rows)
