@@ -62,7 +62,8 @@ $(VENV)/.setup: constraints.txt pyproject.toml
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack \
 		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator \
-		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer
+		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer \
+		lightning lightning-utilities torchmetrics
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)
