@@ -66,7 +66,9 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     """
     for name, t in (("x", x), ("bias", bias)):
         if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require a gradient: packed weights are for inference")
+            raise ValueError(
+                f"{name} must not require a gradient: packed weights are for inference, under torch.no_grad()"
+            )
     if x.dim() == 0 or x.shape[-1] != weight.cols:
         raise ValueError(f"x must have shape [..., {weight.cols}], got {tuple(x.shape)}")
     samples = x.reshape(math.prod(x.shape[:-1]), weight.cols).t()
