@@ -1,6 +1,6 @@
 // blokern._C: the op library's schemas (library.cpp), and each op as a plain function, which in eager code
-// costs a third of a call through torch.ops. Both ways end in the dispatcher. The only file that knows Python:
-// of torch/extension.h it includes the tensors' conversions alone, which halves its compile time.
+// costs a third of a call through torch.ops. Both ways end in the dispatcher. The only file that knows
+// Python: of torch/extension.h it includes the tensors' conversions alone, which halves its compile time.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>

@@ -147,7 +147,7 @@ class SparseMask:
             if self.device.type == "cuda" and self.density > _CUDA_STREAM_DENSITY:
                 none = words.new_empty(0, dtype=torch.int32)
                 return Stream(none, none, 0, words)
-            block = block_of(cols, self.density) if self.device.type == "cpu" else 64 * words.shape[1]
+            block = block_of(cols, self.density if self.device.type == "cpu" else 0.0)
             start, column = torch.ops.blokern.mask_stream(words, cols, block)
             return Stream(start, column, block, words)
 

@@ -1,10 +1,10 @@
 """Inner products and updates of vectors that are lists of tensors: what solvers take between two products.
 
 A list has one tensor a parameter, each a stack [K, ...] of K columns, of any strides, float64, float32, bfloat16 or
-float16 (arithmetic at least float32, sums over blocks in float64); on CUDA in plain torch as yet. Coefficients and
-sums are float64 [K] on the tensors' device and stay there: nothing waits for a number. Results do not depend on the
-number of threads. None of these ops has a derivative. Errors are ValueError or TypeError, naming the argument, before
-anything is written.
+float16 (arithmetic at least float32, sums over blocks in float64). Coefficients and sums are float64 [K] on the
+tensors' device and stay there: nothing waits for a number. The order of a column's sums depends on its tensors' sizes
+alone, not on threads or on the columns beside it. None of these ops has a derivative. Errors are ValueError or
+TypeError, naming the argument, before anything is written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from blokern.ops import reference_curvature as reference
 
 __all__ = ["cg_update_", "multi_tensor_axpby_", "multi_tensor_dot"]
 
@@ -82,5 +80,3 @@ def _fake_nothing(*_: object) -> None:
 torch.library.register_fake("blokern::multi_tensor_dot", _fake_columns)
 torch.library.register_fake("blokern::cg_update_", _fake_columns)
 torch.library.register_fake("blokern::multi_tensor_axpby_", _fake_nothing)
-for _name in __all__:
-    torch.library.impl(f"blokern::{_name}", "CUDA")(getattr(reference, _name))

@@ -38,7 +38,7 @@ class PackedWeight:
 def pack_weight(weight: Tensor, mask: Tensor | SparseMask) -> PackedWeight:
     """The kept entries of weight [rows, cols] as they are now; weight and mask may go or change afterwards.
 
-    float64, float32 or bfloat16, CPU. mask and errors as in :func:`spmm`.
+    float64, float32 or bfloat16. It is packed for the device that it lies on. mask and errors as in :func:`spmm`.
 
     >>> pack_weight(torch.eye(2), torch.eye(2) > 0).values
     tensor([1., 1.])
@@ -46,7 +46,7 @@ def pack_weight(weight: Tensor, mask: Tensor | SparseMask) -> PackedWeight:
     mask = as_mask(mask)
     check_mask(mask, weight, "weight")
     rows, cols = mask.rows, mask.cols
-    block = block_of(cols, mask.density)
+    block = block_of(cols, mask.density if mask.device.type == "cpu" else 0.0)
     if mask.density < 0.15:
         block = min(max(block, _SPARSE_BLOCK), block_of(cols, 0.0))
     start, column = torch.ops.blokern.mask_stream(mask.words, cols, block)

@@ -1,17 +1,16 @@
 // Inner products and updates of vectors that are lists of tensors, for iterations that solve by products:
-// dot, axpby, and the update of conjugate gradients. Coefficients are read where they lie, in a device's
-// memory: no iteration waits for one.
+// dot, axpby, and the update of conjugate gradients. A tensor is a stack of columns, one dense behind
+// another. Coefficients, one a column, are read where they lie, in a device's memory: no iteration waits for
+// one.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
+#include "support/cuda/call.h"
 #include "support/math.h"
 
 namespace blokern {
-
-// A list's elements are worked on in blocks of this many, each summed by itself: sums do not depend on
-// threads.
-constexpr int64_t kMultiTensorBlock = 16384;
 
 template <class T>
 struct Dot {
@@ -54,12 +53,43 @@ BLOKERN_INLINE CgStep<V> cg_update_formula(V x, V r, V p, V ap, V alpha) {
   return {x + alpha * p, r - alpha * ap};
 }
 
-// CPU kernels, for elements [begin, end); the sums are of these alone.
+// CPU kernels, for the tensor's elements [begin, end), which are of one column; the sums are of these alone.
+// Columns are worked on in blocks of this many elements, each summed by itself: sums do not depend on
+// threads.
+constexpr int64_t kMultiTensorBlock = 16384;
 template <class T>
-double dot(const Dot<T>& p, int64_t begin, int64_t end);
+double dot(const Dot<T>& p, int64_t column, int64_t begin, int64_t end);
 template <class T>
-void axpby(const Axpby<T>& p, int64_t begin, int64_t end);
+void axpby(const Axpby<T>& p, int64_t column, int64_t begin, int64_t end);
 template <class T>
-double cg_update(const CgUpdate<T>& p, int64_t begin, int64_t end);
+double cg_update(const CgUpdate<T>& p, int64_t column, int64_t begin, int64_t end);
+
+// CUDA kernels, for whole lists of one type. Their blocks are of so many elements, and each leaves its sum in
+// a place of its own: columns' sums do not depend on what else is in a launch.
+constexpr int64_t kMultiTensorCudaBlock = 4096;
+constexpr int64_t multi_tensor_cuda_blocks(int64_t column_size) {
+  return (column_size + kMultiTensorCudaBlock - 1) / kMultiTensorCudaBlock;
+}
+
+template <class P>
+struct ListTensor {
+  P p;
+  int64_t size;   // of a column
+  int64_t place;  // of its first block's sum in a column's sums
+};
+
+struct BlockSums {
+  double* values;  // [columns, count]
+  int64_t columns, count;
+};
+
+template <class T>
+void dot(std::span<const ListTensor<Dot<T>>> list, const BlockSums& sums, const CudaCall& call);
+template <class T>
+void axpby(std::span<const ListTensor<Axpby<T>>> list, int64_t columns, const CudaCall& call);
+template <class T>
+void cg_update(std::span<const ListTensor<CgUpdate<T>>> list, const BlockSums& sums, const CudaCall& call);
+// total[k] ← the sum of column k's.
+void total_of_blocks(const BlockSums& sums, double* total, const CudaCall& call);
 
 }  // namespace blokern

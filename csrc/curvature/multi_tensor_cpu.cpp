@@ -6,7 +6,7 @@
 namespace blokern {
 
 template <class T>
-double dot(const Dot<T>& p, int64_t begin, int64_t end) {
+double dot(const Dot<T>& p, int64_t /*column*/, int64_t begin, int64_t end) {
   using A = Accum<T>;
   const T *const a = p.a + begin, *const b = p.b + begin;
   return sums<A, 1>(end - begin, [=](int64_t i, auto w, auto& sum) {
@@ -15,11 +15,12 @@ double dot(const Dot<T>& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void axpby(const Axpby<T>& p, int64_t begin, int64_t end) {
+void axpby(const Axpby<T>& p, int64_t column, int64_t begin, int64_t end) {
   using A = Accum<T>;
-  const bool reads_x = *p.a != 0, reads_y = *p.b != 0;
-  if (!reads_x && *p.b == 1) return;
-  const Lanes<A> a(static_cast<A>(*p.a)), b(static_cast<A>(*p.b));
+  const double of_x = p.a[column], of_y = p.b[column];
+  const bool reads_x = of_x != 0, reads_y = of_y != 0;
+  if (!reads_x && of_y == 1) return;
+  const Lanes<A> a(static_cast<A>(of_x)), b(static_cast<A>(of_y));
   T* const y = p.y;
   const T* const x = p.x;
   sweep<A>(begin, end, [=](int64_t i, auto w) {
@@ -30,10 +31,11 @@ void axpby(const Axpby<T>& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-double cg_update(const CgUpdate<T>& p, int64_t begin, int64_t end) {
+double cg_update(const CgUpdate<T>& p, int64_t column, int64_t begin, int64_t end) {
   using A = Accum<T>;
-  if (*p.alpha == 0) return dot(Dot<T>{p.r, p.r}, begin, end);
-  const Lanes<A> alpha(static_cast<A>(*p.alpha));
+  const double step_size = p.alpha[column];
+  if (step_size == 0) return dot(Dot<T>{p.r, p.r}, column, begin, end);
+  const Lanes<A> alpha(static_cast<A>(step_size));
   T *const x = p.x + begin, *const r = p.r + begin;
   const T *const along = p.p + begin, *const ap = p.ap + begin;
   return sums<A, 1>(end - begin, [=](int64_t i, auto w, auto& sum) {
@@ -45,10 +47,10 @@ double cg_update(const CgUpdate<T>& p, int64_t begin, int64_t end) {
   })[0];
 }
 
-#define INSTANTIATE(T)                                       \
-  template double dot<T>(const Dot<T>&, int64_t, int64_t);   \
-  template void axpby<T>(const Axpby<T>&, int64_t, int64_t); \
-  template double cg_update<T>(const CgUpdate<T>&, int64_t, int64_t);
+#define INSTANTIATE(T)                                                \
+  template double dot<T>(const Dot<T>&, int64_t, int64_t, int64_t);   \
+  template void axpby<T>(const Axpby<T>&, int64_t, int64_t, int64_t); \
+  template double cg_update<T>(const CgUpdate<T>&, int64_t, int64_t, int64_t);
 BLOKERN_FOR_IMAGE(INSTANTIATE)
 #undef INSTANTIATE
 

@@ -7,6 +7,7 @@
 
 #include "sparse/stream.h"
 #include "support/cuda/call.h"
+#include "support/math.h"
 
 namespace blokern {
 
@@ -68,6 +69,29 @@ struct StreamSddmm {
 
 template <class T>
 void stream_sddmm(const StreamSddmm<T>& p, const CudaCall& call);
+
+// A weight's entries by themselves, in the order of a stream, in the type of the arithmetic.
+// value ← W at the entries, and back: W ← value there, and nothing elsewhere; W row-major.
+template <class T>
+void pack_entries(const Stream& stream, const T* weight, int64_t row_stride, int64_t col_stride,
+                  Accum<T>* value, const CudaCall& call);
+template <class T>
+void unpack_entries(const Stream& stream, const Accum<T>* value, T* weight, const CudaCall& call);
+
+// Y = W X + bias of a weight that is packed so; X [cols, samples] row-major.
+template <class T>
+struct PackedSpmm {
+  Stream stream;
+  const Accum<T>* value;
+  const T* x;
+  const T* bias;  // or null
+  T* y;
+  int64_t row_stride, sample_stride;
+  int64_t samples;
+};
+
+template <class T>
+void packed_spmm(const PackedSpmm<T>& p, const CudaCall& call);
 
 #define BLOKERN_FOR_PRODUCT(DO) DO(double) DO(float) DO(c10::BFloat16)
 

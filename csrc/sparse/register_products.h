@@ -39,6 +39,25 @@ inline void check_sddmm(const Tensor& a, const Tensor& b) {
   TORCH_CHECK_VALUE(a.size(1) == b.size(1), "b must have the samples of a, ", a.size(1), ", got ", b.size(1));
 }
 
+// The type in which products add up.
+inline at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Of a weight [rows, ...] that is packed: one value an entry.
+inline void check_packed(const Tensor& values, const Tensor& x, const OptionalTensor& bias,
+                         const Tensor& column, int64_t rows) {
+  check_matrix(x, "x");
+  if (bias.has_value()) {
+    check_factor(*bias, "bias", x, "x");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",
+                      bias->sizes());
+  }
+  checks::same_device(values, "the weight", x, "x");
+  TORCH_CHECK_TYPE(values.scalar_type() == sum_type(x.scalar_type()), "x must have the weight's dtype, got ",
+                   x.scalar_type(), " and values of ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == column.numel(), "values must have ",
+                    column.numel(), " elements, one an entry, got shape ", values.sizes());
+}
+
 // y [rows, samples] in x's layout: samples innermost, or (x is the transpose of a batch) rows innermost.
 inline Tensor empty_product(int64_t rows, const Tensor& x) {
   const int64_t samples = x.size(1);

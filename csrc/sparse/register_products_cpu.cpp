@@ -126,9 +126,6 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
   return y;
 }
 
-// The type in which products add up.
-at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
 // The kept weights, in the stream's order.
 Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
   check_matrix(weight, "weight");
@@ -144,18 +141,9 @@ Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor&
 
 Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
                       const Tensor& column, int64_t block, int64_t rows) {
-  check_matrix(x, "x");
-  if (bias.has_value()) {
-    check_factor(*bias, "bias", x, "x");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",
-                      bias->sizes());
-  }
+  check_packed(values, x, bias, column, rows);
   const int64_t cols = x.size(0), samples = x.size(1);
   const Stream stream = stream_of(start, column, rows, cols, block);
-  TORCH_CHECK_TYPE(values.scalar_type() == sum_type(x.scalar_type()), "x must have the weight's dtype, got ",
-                   x.scalar_type(), " and values of ", values.scalar_type());
-  TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == column.numel(), "values must have ",
-                    column.numel(), " elements, one an entry, got shape ", values.sizes());
   Tensor y = empty_product(rows, x);
   if (y.numel() == 0) return y;
   if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();

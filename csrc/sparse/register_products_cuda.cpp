@@ -1,7 +1,7 @@
 // The masked products on CUDA tensors: which kernel. Arithmetic: skinny_spmm_cuda.cuh,
-// stream_products_cuda.cuh, and between them torch's dense product of a weight that apply_mask_cuda.cuh
-// masks. The host never waits for the device: of a stream it knows the number of entries alone. A mask that
-// keeps more than products by entries pay for comes without one (blokern/ops/mask.py).
+// stream_products_cuda.cuh, packed_spmm_cuda.cuh, and between them torch's dense product of a weight that
+// apply_mask_cuda.cuh masks. The host never waits for the device: of a stream it knows the number of entries
+// alone. A mask that keeps more than products by entries pay for comes without one (blokern/ops/mask.py).
 #include <ATen/Context.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -136,11 +136,67 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor
   return product;
 }
 
+// The kept weights, in the stream's order.
+Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
+  check_matrix(weight, "weight");
+  const Stream stream = checked_stream(start, column, weight, weight.size(0), weight.size(1), block);
+  const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
+  dispatch(weight.scalar_type(), [&]<class T>() {
+    Cuda::run(weight, 0, 0, [&](const CudaCall& call) {
+      pack_entries(stream, weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1),
+                   values.mutable_data_ptr<Accum<T>>(), call);
+    });
+  });
+  return values;
+}
+
+// Estimates: whether the entries' product is faster than to unpack them and multiply densely. Each entry
+// fetches a row of samples from cache; the dense product is on tensor cores but for float64, and float32
+// without TF32.
+bool packed_pays(const Stream& stream, int64_t entries, const Tensor& x) {
+  const bool tensor_cores = x.scalar_type() == at::kBFloat16 ||
+                            (x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS());
+  return static_cast<double>(entries) * static_cast<double>(x.size(1)) <=
+         (tensor_cores ? 3.0 : 6.0) * static_cast<double>(stream.rows) * static_cast<double>(stream.cols);
+}
+
+Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
+                      const Tensor& column, int64_t block, int64_t rows) {
+  check_packed(values, x, bias, column, rows);
+  const int64_t cols = x.size(0), samples = x.size(1);
+  Tensor y = empty_product(rows, x);
+  if (y.numel() == 0) return y;
+  if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
+  const Stream stream = checked_stream(start, column, x, rows, cols, block);
+  const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
+  if (!packed_pays(stream, column.numel(), x)) {
+    const Tensor weight = at::zeros({rows, cols}, x.options());
+    dispatch(x.scalar_type(), [&]<class T>() {
+      Cuda::run(x, 0, 0, [&](const CudaCall& call) {
+        unpack_entries(stream, values.const_data_ptr<Accum<T>>(), weight.mutable_data_ptr<T>(), call);
+      });
+    });
+    return dense_spmm(weight, x, bias);
+  }
+  const Tensor dense = x.contiguous();
+  dispatch(x.scalar_type(), [&]<class T>() {
+    Cuda::run(x, 0, 0, [&](const CudaCall& call) {
+      packed_spmm(
+          PackedSpmm<T>{stream, values.const_data_ptr<Accum<T>>(), dense.const_data_ptr<T>(),
+                        data_or_null<T>(offsets), y.mutable_data_ptr<T>(), y.stride(0), y.stride(1), samples},
+          call);
+    });
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(blokern, CUDA, m) {
   m.impl("spmm", spmm);
   m.impl("sddmm", sddmm);
+  m.impl("packed_values", packed_values_op);
+  m.impl("packed_spmm", packed_spmm_op);
 }
 
 }  // namespace blokern

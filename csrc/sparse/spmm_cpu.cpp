@@ -139,7 +139,7 @@ INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
 #undef INSTANTIATE
-#define INSTANTIATE(A)                  \
+#define INSTANTIATE(A)                 \
   template int64_t padded<A>(int64_t); \
   template void sddmm<A>(const Stream&, const A*, const A*, A*, int64_t, int64_t, int64_t);
 INSTANTIATE(double)

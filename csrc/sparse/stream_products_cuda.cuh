@@ -18,13 +18,6 @@
 
 namespace blokern {
 
-template <int kSize>
-BLOKERN_DEVICE Part<kSize> part_at(int64_t i, int64_t size) {
-  const int64_t rest = size - i;
-  if (rest >= kSize) return {Part<kSize>::kWhole};
-  return {rest <= 0 ? 0 : Part<kSize>::kWhole >> (kSize - rest)};
-}
-
 template <class A>
 struct Entry {
   A value;

@@ -5,7 +5,7 @@
 #include <c10/util/Exception.h>
 
 // A kernel of this name, whatever its types and the device's own arguments.
-#define BLOKERN_KERNEL(name) [](const auto&... arguments) { name(arguments...); }
+#define BLOKERN_KERNEL(name) [](const auto&... arguments) { return name(arguments...); }
 
 namespace blokern {
 

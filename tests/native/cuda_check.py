@@ -19,7 +19,9 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 #: Kernels whose results are a few sums, and one whose inputs are too: what is theirs to stream is the rest.
 SUMS, NARROW = ("column_sums", "LabelWeightsRow"), ("column_factors",)
 SUMS += ("count_digits", "count_bits", "11pack_pieces", "multiply_few", "inner_products")
+SUMS += ("DotBlock", "add_blocks", "multiply_packed")
 NARROW += ("choose_digit", "mask_ties", "nm_mask_any", "transpose_halves", "count_parts", "fill_parts")
+NARROW += ("gather_entries", "scatter_entries")
 NARROW += ("multiply_streamIfLi1", "multiply_streamIfLi2", "multiply_streamIdLi1")  # of few samples
 #: Kernels that write much, and read no more than a mask's bits.
 FILLS = ("unpack_pieces", "cleared_packs")

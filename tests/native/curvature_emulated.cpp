@@ -2,6 +2,7 @@
 #include "curvature/activation.h"
 #include "curvature/batch_norm.h"
 #include "curvature/layer_norm.h"
+#include "curvature/multi_tensor.h"
 #include "curvature/softmax_cross_entropy_hvp.h"
 #include "server.h"
 
@@ -13,11 +14,11 @@ struct Call {
   const server::Call& given;
 
   template <class T>
-  T* at(const char* name) const {
+  T* at(const std::string& name) const {
     return given.at(name).values<T>();
   }
-  double number(const char* name) const { return given.number(name); }
-  int64_t count(const char* name) const { return given.count(name); }
+  double number(const std::string& name) const { return given.number(name); }
+  int64_t count(const std::string& name) const { return given.count(name); }
 };
 
 LabelWeights labels(const Call& call) {
@@ -132,9 +133,41 @@ void layer_norm_adjoint_tangent(const Call& call, const CudaCall& cuda) {
   blokern::layer_norm_adjoint_tangent(p, cuda);
 }
 
+// The tensors of a list of one type, make(i) being the i-th's parameters.
+template <class Make>
+auto list_of(const Call& call, Make make) {
+  std::vector<ListTensor<decltype(make(0))>> list;
+  for (int64_t i = 0; i < call.count("tensors"); ++i) {
+    const std::string index = std::to_string(i);
+    list.push_back({make(i), call.count("size" + index), call.count("place" + index)});
+  }
+  return list;
+}
+
+template <class T>
+void multi_tensor(const Call& call, const CudaCall& cuda) {
+  const auto at = [&](const char* name, int64_t i) { return call.at<T>(name + std::to_string(i)); };
+  const auto number = [&](const char* name) { return call.at<const double>(name); };
+  const BlockSums sums{call.at<double>("sums"), call.count("columns"), call.count("places")};
+  if (call.given.op == "multi_tensor_dot") {
+    const auto list = list_of(call, [&](int64_t i) { return Dot<T>{at("a", i), at("b", i)}; });
+    return dot(std::span<const ListTensor<Dot<T>>>(list), sums, cuda);
+  }
+  if (call.given.op == "multi_tensor_axpby_") {
+    const auto list = list_of(
+        call, [&](int64_t i) { return Axpby<T>{at("y", i), at("x", i), number("of_x"), number("of_y")}; });
+    return axpby(std::span<const ListTensor<Axpby<T>>>(list), sums.columns, cuda);
+  }
+  const auto list = list_of(call, [&](int64_t i) {
+    return CgUpdate<T>{at("x", i), at("r", i), at("p", i), at("ap", i), number("alpha")};
+  });
+  cg_update(std::span<const ListTensor<CgUpdate<T>>>(list), sums, cuda);
+}
+
 template <class T>
 void run(const Call& call, const CudaCall& cuda) {
   const std::string& op = call.given.op;
+  if (op == "cg_update_" || op.starts_with("multi_tensor")) return multi_tensor<T>(call, cuda);
   if (op == "softmax_cross_entropy_hvp") return softmax_cross_entropy_hvp<T>(call, cuda);
   if (op == "batch_norm_tangent") return batch_norm_tangent<T>(call, cuda);
   if (op == "batch_norm_adjoint") return batch_norm_adjoint<T>(call, cuda);
@@ -145,6 +178,10 @@ void run(const Call& call, const CudaCall& cuda) {
 
 void run(const Call& call, const CudaCall& cuda) {
   if (call.given.op == "label_weights") return label_weights(labels(call), call.at<double>("total"), cuda);
+  if (call.given.op == "total_of_blocks") {
+    const BlockSums sums{call.at<double>("sums"), call.count("columns"), call.count("places")};
+    return total_of_blocks(sums, call.at<double>("total"), cuda);
+  }
   if (call.given.op == "layer_norm_blocks") {
     *call.at<double>("blocks") =
         static_cast<double>(layer_norm_blocks(call.count("rows"), call.count("kinds")));

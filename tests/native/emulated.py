@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from emulation_build import ROOT, build
+from emulation_build import build_family
 from server import Server
 from torch import Tensor
-
-KERNELS = ("apgd_step", "fast_bat_step", "pgd_step", "project", "random_start")
 
 
 class EmulatedOps:
@@ -21,8 +19,7 @@ class EmulatedOps:
 
     @staticmethod
     def program() -> Path:
-        sources = [ROOT / "csrc" / "attack" / f"{kernel}_cuda.cu" for kernel in KERNELS]
-        return build("attack_emulated", [Path(__file__).parent / "attack_emulated.cpp", *sources])
+        return build_family("attack")
 
     def close(self) -> None:
         self._server.close()

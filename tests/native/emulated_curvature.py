@@ -6,13 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from emulation_build import ROOT, build
+from emulation_build import build_family
 from server import Server
 from torch import Tensor
 
 from blokern.ops import curvature
-
-KERNELS = ("activation", "batch_norm", "layer_norm", "softmax_cross_entropy_hvp")
 
 
 def _poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,8 +36,7 @@ class EmulatedCurvatureOps:
 
     @staticmethod
     def program() -> Path:
-        sources = [ROOT / "csrc" / "curvature" / f"{kernel}_cuda.cu" for kernel in KERNELS]
-        return build("curvature_emulated", [Path(__file__).parent / "curvature_emulated.cpp", *sources])
+        return build_family("curvature")
 
     def close(self) -> None:
         self._server.close()

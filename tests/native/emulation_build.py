@@ -33,6 +33,12 @@ FLAGS = [
 DEVICE = HERE / "cuda_emulation" / "device.cpp"
 
 
+def build_family(family: str) -> Path:
+    """The server of a family's kernels, all there are."""
+    kernels = sorted((ROOT / "csrc" / family).glob("*_cuda.cu"))
+    return build(f"{family}_emulated", [HERE / f"{family}_emulated.cpp", *kernels])
+
+
 def build(name: str, sources: list[Path]) -> Path:
     """The program made of `sources` and the emulated device; only what changed is compiled anew."""
     folder, program = FOLDER / name, FOLDER / name / name

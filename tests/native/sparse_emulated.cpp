@@ -84,6 +84,18 @@ void multiply(const Call& call, const CudaCall& cuda) {
                       call.count("sample_stride"), call.count("samples")},
         cuda);
   }
+  if (op == "pack_entries") {
+    return pack_entries(call.stream(), call.at<const T>("weight"), call.count("row_stride"),
+                        call.count("col_stride"), call.at<Accum<T>>("value"), cuda);
+  }
+  if (op == "unpack_entries")
+    return unpack_entries(call.stream(), call.at<const Accum<T>>("value"), call.at<T>("weight"), cuda);
+  if (op == "packed_spmm") {
+    return packed_spmm(PackedSpmm<T>{call.stream(), call.at<const Accum<T>>("value"), call.at<const T>("x"),
+                                     call.at<const T>("bias"), call.at<T>("y"), call.count("row_stride"),
+                                     call.count("sample_stride"), call.count("samples")},
+                       cuda);
+  }
   if constexpr (sizeof(T) >= sizeof(float)) {
     if (op == "stream_spmm") {
       return stream_spmm(StreamSpmm<T>{call.stream(), call.at<T>("weight"), call.count("row_stride"),

@@ -6,21 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from emulation_build import ROOT, build
+from emulation_build import build_family
 from server import Server
 from torch import Tensor
 
-KERNELS = (
-    "apply_mask",
-    "bip_released_step",
-    "bip_score_step",
-    "masked_sgd_step",
-    "nm_mask",
-    "skinny_spmm",
-    "stream",
-    "stream_products",
-    "topk_mask",
-)
 FEW_SAMPLES = 16
 
 
@@ -39,6 +28,7 @@ class EmulatedSparse:
             "nm_mask",
         ),
         *("bip_score_step_", "bip_released_step_", "masked_sgd_step_", "spmm", "sddmm"),
+        *("packed_values", "packed_spmm"),
     )
 
     def __init__(self, schedule: str) -> None:
@@ -47,8 +37,7 @@ class EmulatedSparse:
 
     @staticmethod
     def program() -> Path:
-        sources = [ROOT / "csrc" / "sparse" / f"{kernel}_cuda.cu" for kernel in KERNELS]
-        return build("sparse_emulated", [Path(__file__).parent / "sparse_emulated.cpp", *sources])
+        return build_family("sparse")
 
     def close(self) -> None:
         self._server.close()
@@ -187,6 +176,30 @@ class EmulatedSparse:
             product = a.new_zeros(rows, cols)
             return self._call("stream_sddmm", [a.dtype], numbers, **tensors, product=product)["product"]
         return self._call("clear_masked", [a.dtype], numbers, words=words, product=a @ b.t())["product"]
+
+    def packed_values(self, weight, start, column, block) -> Tensor:
+        numbers = {"rows": len(weight), "cols": weight.shape[1], "block": block}
+        numbers |= {"row_stride": weight.stride(0), "col_stride": weight.stride(1)}
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        values = torch.full(column.shape, torch.nan, dtype=wide)
+        tensors = {"start": start, "column": column, "weight": weight, "value": values}
+        return self._call("pack_entries", [weight.dtype], numbers, **tensors)["value"]
+
+    def packed_spmm(self, values, x, bias, start, column, block, rows) -> Tensor:
+        cols, samples = x.shape
+        batch_first = x.stride(0) == 1 and x.stride(1) != 1
+        y = torch.full((samples, rows) if batch_first else (rows, samples), torch.nan, dtype=x.dtype)
+        y = y.t() if batch_first else y
+        if 0 in (rows, cols, samples):
+            return y.copy_(bias[:, None]) if bias is not None else y.zero_()
+        numbers = {"rows": rows, "cols": cols, "samples": samples, "block": block}
+        entries = {"start": start, "column": column, "value": values}
+        if not self.by_entries:
+            weight = x.new_zeros(rows, cols)
+            weight = self._call("unpack_entries", [x.dtype], numbers, **entries, weight=weight)["weight"]
+            return y.copy_(weight @ x if bias is None else weight @ x + bias[:, None])
+        numbers |= {"row_stride": y.stride(0), "sample_stride": y.stride(1)}
+        return self._call("packed_spmm", [x.dtype], numbers, **entries, x=x.contiguous(), bias=bias, y=y)["y"]
 
     def _call(self, op, dtypes, numbers, **tensors: Tensor | None) -> dict[str, Tensor]:
         return self._server.call(op, dtypes, numbers, tensors)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import test_mask
+import test_packed
 import test_products
 import test_pruning
 import test_selection
@@ -250,3 +251,46 @@ def test_a_masked_weight_is_never_used(emulated: EmulatedSparse, by_entries: boo
         test_products.check_spmm(ops.spmm(poisoned, mask, x.t()), weight, mask, x.t())
         a = torch.full((37, samples), math.nan, dtype=dtype)
         assert torch.equal(ops.sddmm(a, x.t(), mask).isnan(), mask)
+
+
+# ---- Packed weights
+
+
+@with_emulated
+@pytest.mark.parametrize("samples", [1, 2, 3, 9, 16, 33, 129])
+def test_packed_products(samples: int) -> None:
+    """Rows of no entry, of a part of a warp's, and of several rounds; every way that lanes share samples."""
+    weight, mask, x = test_products.factors(5, 700, samples, 0.5, torch.float32)
+    mask[1], mask[2, 3:] = False, False
+    weight = weight.masked_fill(~mask, math.nan)
+    got = ops.packed_linear(x, ops.pack_weight(weight, mask))
+    test_products.check_spmm(got.t(), weight.masked_fill(~mask, 0.0), mask, x.t())
+
+
+@one_schedule
+@pytest.mark.parametrize("by_entries", [True, False])
+def test_packed_products_of_every_dtype(
+    emulated: EmulatedSparse, by_entries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated.by_entries = by_entries
+    monkeypatch.setattr(test_packed, "SIZES", [(5, 7, 3), (33, 130, 17), (4, 0, 3), (0, 4, 2)])
+    for dtype in test_packed.DTYPES:
+        test_packed.check_every_size(dtype)
+
+
+@one_schedule
+@with_emulated
+def test_packed_products_of_the_cpu_tests() -> None:
+    test_packed.test_many_columns_in_blocks()  # as packed on the CPU
+    for shape in ((7,), (2, 3, 7), (0, 7), (4, 14)):
+        test_packed.test_any_shape_and_strides_of_x(shape)
+
+
+@one_schedule
+@with_emulated
+def test_a_sample_that_is_not_finite_stays_where_it_is() -> None:
+    """Lanes without an entry of the row touch no sample."""
+    weight, mask, x = test_products.factors(9, 300, 3, 0.1, torch.float32)
+    mask[:, 0], mask[:, -1] = False, False
+    x[:, 0], x[1, -1] = math.nan, math.inf
+    assert ops.packed_linear(x, ops.pack_weight(weight, mask)).isfinite().all()

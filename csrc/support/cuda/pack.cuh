@@ -135,6 +135,14 @@ BLOKERN_DEVICE Part<kSize> part_within(int64_t i, int64_t size) {
   return {bits & whole};
 }
 
+// The same of a pack that begins in the row, or beyond its end.
+template <int kSize>
+BLOKERN_DEVICE Part<kSize> part_at(int64_t i, int64_t size) {
+  const int64_t rest = size - i;
+  if (rest >= kSize) return {Part<kSize>::kWhole};
+  return {rest <= 0 ? 0 : Part<kSize>::kWhole >> (kSize - rest)};
+}
+
 // A thread's share of a row of `size` elements: of its packs the thread takes number `first`, and every
 // `step`-th from there.
 template <int kSize>
