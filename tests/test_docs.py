@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import blokern
 from benchmarks import tables
 from blokern import ops
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: What needs several processes, or is a part of what the page shows before.
-NOT_RUN = {"distributed.md"}
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -40,21 +39,25 @@ def readers_names() -> dict[str, object]:
         **{"loader": [(x[:4], y[:4]), (x[4:], y[4:])], "x_adv": x.clone(), "grad": torch.randn_like(x)},
         "masks": {name: torch.rand_like(p) < 0.2 for name, p in parameters.items() if p.dim() > 1},
         "v": {name: torch.randn_like(p) for name, p in parameters.items()},
+        "optimizer": torch.optim.SGD(parameters.values(), lr=0.1),
     }
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p.name not in NOT_RUN], ids=lambda p: p.name
-)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(blokern, "keep_freed_memory", lambda: True)  # it could not be taken back
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(tmp_path, monkeypatch)
     names = readers_names()
     for line, block in blocks(page):
         exec(compile("\n" * line + block, str(page), "exec"), names)
 
 
 def test_the_tutorials_make_networks_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    elsewhere(tmp_path, monkeypatch)
     page = ROOT / "docs" / "tutorials" / "prune_and_run_faster.md"
     names = readers_names()
     for _, block in blocks(page)[:3]:

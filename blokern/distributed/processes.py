@@ -151,6 +151,9 @@ def joined() -> Iterator[Processes]:
     Gloo exchanges what is on the CPU, NCCL what is on a GPU, where there is one.
 
     Raises ConnectionError if the others do not come.
+
+    >>> with joined() as processes:
+    ...     rule = FastBAT(model, optimizer, settings, processes)
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes()
