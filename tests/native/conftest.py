@@ -43,5 +43,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = (line.rpartition(" ") for line in path.read_text().splitlines())
     ran, every = {(program, int(address)) for program, _, address in lines}, kernels_there_are()
     terminalreporter.write_line(f"CUDA kernels emulated: {len(every.keys() & ran)} of {len(every)}")
-    for kernel in sorted(every[missing] for missing in every.keys() - ran):
+    missing = sorted(every[kernel] for kernel in every.keys() - ran)
+    for kernel in missing if len(missing) <= 20 else []:  # more where not all of these tests ran
         terminalreporter.write_line(f"  not run: {kernel}")
