@@ -2,12 +2,13 @@
 // ValueError, a wrong type a TypeError; each names the argument, what came and what was expected.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
 #include <optional>
+
+#include "support/memory_overlap.h"
 
 namespace blokern::checks {
 
@@ -84,28 +85,25 @@ inline void box(double min, double max) {
                     " and clip_max=", max);
 }
 
-// A tensor that is written in place must have one place for each element.
+// A tensor that is written in place must have one place for each element: views of dense tensors have, and
+// what else could is not taken.
 inline void writable(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(
-      at::has_internal_overlap(t) != at::MemOverlap::Yes, name,
-      " is written in place, and some of its elements share memory (an expanded tensor?): clone it first");
+  TORCH_CHECK_VALUE(memory::is_nested(t), name,
+                    " is written in place, and some of its elements may share memory (an expanded tensor?): "
+                    "clone it first");
 }
 
 // Reading an input while writing `t` is sound where they are apart, or exactly the same.
 inline void apart_or_same(const at::Tensor& t, const char* name, const at::Tensor& input,
                           const char* input_name) {
-  const auto status = at::get_overlap_status(t, input);
-  TORCH_CHECK_VALUE(status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::Full ||
-                        t.numel() == 0 || status == at::MemOverlapStatus::TooHard,
-                    name, " is written in place and shares part of its memory with ", input_name,
+  TORCH_CHECK_VALUE(memory::are_same(t, input) || !memory::may_overlap(t, input), name,
+                    " is written in place and shares part of its memory with ", input_name,
                     ": clone one of them first");
 }
 
 inline void apart(const at::Tensor& t, const char* name, const at::Tensor& other, const char* other_name) {
-  const auto status = at::get_overlap_status(t, other);
-  TORCH_CHECK_VALUE(
-      status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::TooHard || t.numel() == 0, name,
-      " and ", other_name, " are both written in place and share memory: clone one of them first");
+  TORCH_CHECK_VALUE(!memory::may_overlap(t, other), name, " is written in place and shares memory with ",
+                    other_name, ": clone one of them first");
 }
 
 }  // namespace blokern::checks

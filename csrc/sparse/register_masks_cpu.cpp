@@ -21,7 +21,7 @@ Tensor mask_words(const Tensor& mask) {
   const Tensor dense = mask.contiguous();
   const int64_t rows = dense.size(0), cols = dense.size(1);
   Tensor words = at::empty({rows, row_words(cols)}, dense.options().dtype(at::kLong));
-  const MaskWords to = words_of(words, cols);
+  const MaskWords to = new_words(words, cols);
   at::parallel_for(0, rows, grain(cols),
                    [&](int64_t b, int64_t e) { pack_mask(dense.const_data_ptr<bool>(), to, b, e); });
   return words;
@@ -49,7 +49,7 @@ Tensor count_words(const Tensor& words) {
 Tensor transpose_words(const Tensor& words, int64_t cols) {
   const MaskWords from = words_of(words, cols);
   Tensor transposed = at::empty({cols, row_words(from.rows)}, words.options());
-  const MaskWords to = words_of(transposed, from.rows);
+  const MaskWords to = new_words(transposed, from.rows);
   at::parallel_for(0, row_words(from.rows), grain(64 * cols),
                    [&](int64_t b, int64_t e) { transpose_mask(from, to, b, e); });
   return transposed;
@@ -57,8 +57,9 @@ Tensor transpose_words(const Tensor& words, int64_t cols) {
 
 std::tuple<Tensor, Tensor> mask_stream(const Tensor& words, int64_t cols, int64_t block) {
   const MaskWords mask = words_of(words, cols);
-  TORCH_CHECK_VALUE(block > 0 && block % 64 == 0, "block must be a positive multiple of 64, got ", block);
-  TORCH_CHECK_VALUE(mask.rows * cols <= std::numeric_limits<int32_t>::max(),
+  TORCH_CHECK_VALUE(block > 0 && block <= kMostIndices && block % 64 == 0,
+                    "block must be a positive multiple of 64, got ", block);
+  TORCH_CHECK_VALUE(cols == 0 || mask.rows <= kMostIndices / cols,
                     "mask must have fewer than 2^31 entries, got [", mask.rows, ", ", cols, "]");
   const int64_t parts = (cols + block - 1) / block * mask.rows;
   Tensor start = at::empty({parts + 1}, words.options().dtype(at::kInt));

@@ -87,6 +87,7 @@ void over_layers(const Call& call, const char* values_name, Step&& step) {
       check_like(buffers[i], buffer_name, value, name);
       checks::writable(buffers[i], buffer_name.c_str());
       checks::apart(buffers[i], buffer_name.c_str(), value, name.c_str());
+      checks::apart(buffers[i], buffer_name.c_str(), grads[i], element("grads", i).c_str());
     }
     if (!words.empty() && value.numel() > 0)
       checked_words(words[i], element("masks", i), value.size(0), value.numel() / value.size(0));
@@ -131,6 +132,9 @@ void bip_score_step_op(at::TensorList scores, at::TensorList weights, at::Tensor
   for (size_t i = 0; i < weights.size(); ++i) {
     check_like(weights[i], element("weights", i), scores[i], element("scores", i));
     checks::apart(scores[i], element("scores", i).c_str(), weights[i], element("weights", i).c_str());
+    if (i < buffers.size())
+      checks::apart(buffers[i], element("momentum_buffers", i).c_str(), weights[i],
+                    element("weights", i).c_str());
     dense.push_back(weights[i].contiguous());
   }
   over_layers({scores, grads, words, buffers, {lr, momentum, weight_decay}}, "scores",

@@ -7,6 +7,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -45,13 +47,36 @@ inline void check_factor(const Tensor& t, const char* name, const Tensor& like, 
                    like.scalar_type(), ", got ", t.scalar_type());
 }
 
+// What indices of a kernel fit in: more columns no tensor has.
+inline constexpr int64_t kMostIndices = std::numeric_limits<int32_t>::max();
+
+inline MaskWords new_words(const Tensor& words, int64_t cols) {
+  return {words.size(0), cols, static_cast<uint64_t*>(words.mutable_data_ptr())};
+}
+
+// A mask to be read. Bits beyond its last column would be entries beyond the weight's end.
 inline MaskWords words_of(const Tensor& words, int64_t cols) {
   TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
+  TORCH_CHECK_VALUE(cols >= 0 && cols <= kMostIndices, "a mask must have from 0 to 2^31 - 1 columns, got ",
+                    cols);
   TORCH_CHECK_VALUE(words.dim() == 2 && words.size(1) == row_words(cols) && words.is_contiguous(),
                     "words must be contiguous [rows, ", row_words(cols), "] for ", cols, " columns, got ",
                     words.sizes());
   // The kernels that only read take the same struct.
-  return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+  const MaskWords mask{words.size(0), cols,
+                       static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+  for (int64_t r = 0; cols % 64 != 0 && r < mask.rows; ++r) {
+    TORCH_CHECK_VALUE(mask.words[(r + 1) * row_words(cols) - 1] >> (cols % 64) == 0,
+                      "words must have no bit beyond the ", cols, " columns of the mask, and has in row ", r);
+  }
+  return mask;
+}
+
+// The same, of a matrix [rows, cols].
+inline MaskWords words_of(const Tensor& words, int64_t rows, int64_t cols) {
+  const MaskWords mask = words_of(words, cols);
+  TORCH_CHECK_VALUE(mask.rows == rows, "words must have ", rows, " rows, got ", words.sizes());
+  return mask;
 }
 
 // weight ⊙ mask, contiguous, of a weight [rows, ...].
@@ -59,7 +84,7 @@ inline Tensor masked_weight(const Tensor& weight, const Tensor& words) {
   const Tensor dense = weight.contiguous();
   Tensor masked = at::empty(weight.sizes(), weight.options());
   const int64_t cols = weight.numel() / weight.size(0);
-  const MaskWords mask = words_of(words, cols);
+  const MaskWords mask = words_of(words, weight.size(0), cols);
   dispatch(weight.scalar_type(), [&]<class T>() {
     at::parallel_for(0, mask.rows, grain(cols), [&](int64_t b, int64_t e) {
       apply_mask<T>(mask, {dense.const_data_ptr<T>(), cols, 1}, masked.mutable_data_ptr<T>(), b, e);
@@ -78,16 +103,33 @@ inline bool may_be_dense(const Tensor& weight, int64_t positions) {
   return weight.scalar_type() != at::kDouble && weight.numel() * positions >= 1 << 20;
 }
 
+// The stream of a [rows, cols] matrix. Its start is checked to the last, since wherever it points is read and
+// written; what `column` holds is checked by check_places, by those who walk it.
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
   TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
                    "start and column must be int32, got ", start.scalar_type(), " and ",
                    column.scalar_type());
   const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1 &&
-                        stream.start[stream.blocks() * rows] == column.numel(),
+  const auto begins = [&](int64_t parts) {
+    bool sorted = stream.start[0] == 0;
+    for (int64_t i = 0; i < parts; ++i) sorted &= stream.start[i] <= stream.start[i + 1];
+    return sorted && stream.start[parts] == column.numel();
+  };
+  TORCH_CHECK_VALUE(block > 0 && block <= kMostIndices && cols <= kMostIndices && start.is_contiguous() &&
+                        column.is_contiguous() && start.numel() == stream.blocks() * rows + 1 &&
+                        begins(stream.blocks() * rows),
                     "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
   return stream;
+}
+
+// Each of a stream's places must be in [0, count). A pass over integers, beside the walk's over panels.
+inline void check_places(const Tensor& places, int64_t count, const char* name) {
+  const int32_t* const place = places.const_data_ptr<int32_t>();
+  uint32_t most = 0;
+  for (int64_t i = 0; i < places.numel(); ++i) most = std::max(most, static_cast<uint32_t>(place[i]));
+  TORCH_CHECK_VALUE(places.numel() == 0 || most < count, "the stream's ", name, " must be in [0, ", count,
+                    "), got ", static_cast<int32_t>(most));
 }
 
 inline int64_t kept_entries(const Stream& stream) { return stream.start[stream.blocks() * stream.rows]; }
