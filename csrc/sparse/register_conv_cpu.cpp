@@ -191,6 +191,7 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
                  ? at::empty({g.rows, g.height, g.width, samples}, x.options()).permute({3, 0, 1, 2})
                  : at::empty({samples, g.rows, g.height, g.width}, x.options());
   if (y.numel() == 0) return y;
+  if (weight.numel() == 0) return bias.has_value() ? y.copy_(bias->view({-1, 1, 1})) : y.zero_();
   const Tensor dense = weight.contiguous(), offsets = bias.has_value() ? bias->contiguous() : Tensor();
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
