@@ -42,6 +42,21 @@ FLAGS = [
     *(flag for path in include_paths() for flag in ("-isystem", path)),
 ]
 
+# BLOKERN_SANITIZE=address (ASan and UBSan) or thread (TSan): for tests/hardening/sanitize.py, never for use.
+SANITIZER = os.environ.get("BLOKERN_SANITIZE", "")
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-error"]
+SANITIZERS = {
+    "": [],
+    "address": [
+        *SANITIZED,
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=vptr",
+        "-fno-sanitize-recover=all",
+    ],
+    # TSan knows nothing of libgomp, which it cannot see synchronise: the kernels then run on std::thread.
+    "thread": [*SANITIZED, "-fsanitize=thread", "-include", str(CSRC / "support/sanitize/threads.h")],
+}[SANITIZER]
+OPENMP = [] if SANITIZER == "thread" else ["-fopenmp"]
 
 NVCC_FLAGS = [
     "-std=c++20",
@@ -75,8 +90,8 @@ def cpu_library(capability: str, flags: list[str]) -> CppExtension:
         f"_cpu_{capability.lower()}",
         sources("cpu_module.cpp", "*/*_cpu.cpp"),
         # at::parallel_for is inline: without OpenMP here it would quietly run on one thread.
-        [*flags, "-fopenmp"],
-        ["-fopenmp"],
+        [*flags, *OPENMP, *SANITIZERS],
+        [*OPENMP, *(flag for flag in SANITIZERS if flag.startswith("-fsanitize"))],
     )
 
 
@@ -142,7 +157,7 @@ class BuildEachInItsOwnFolder(BuildExtension):
     only what changed."""
 
     def build_extension(self, ext: CppExtension) -> None:
-        folder = ROOT / "build" / f"torch-{torch.__version__}" / ext.name.rpartition(".")[2]
+        folder = ROOT / "build" / f"torch-{torch.__version__}{SANITIZER}" / ext.name.rpartition(".")[2]
         folder.mkdir(parents=True, exist_ok=True)
         self.build_temp = str(folder)
         super().build_extension(ext)

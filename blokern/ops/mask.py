@@ -134,10 +134,11 @@ class SparseMask:
         """
         if not torch.compiler.is_compiling() and self._cached_version != self.version:
             self._forget()
-        if key not in self._cache:
+        cache = self._cache  # another thread may begin a new one
+        if key not in cache:
             with torch.inference_mode(False):  # what is kept serves training too
-                self._cache[key] = make()
-        value: T = self._cache[key]
+                cache[key] = make()
+        value: T = cache[key]
         return value
 
     def stream(self, *, transposed: bool = False) -> Stream:

@@ -31,15 +31,9 @@ bool entries_pay(const Tensor& start, const Tensor& column, const Tensor& weight
 
 Stream checked_stream(const Tensor& start, const Tensor& column, const Tensor& like, int64_t rows,
                       int64_t cols, int64_t block) {
-  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
-                   "start and column must be int32, got ", start.scalar_type(), " and ",
-                   column.scalar_type());
   checks::same_device(start, "the mask's stream", like, "the factors");
   checks::same_device(column, "the mask's stream", like, "the factors");
-  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1,
-                    "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
-  return stream;
+  return shaped_stream(start, column, rows, cols, block);
 }
 
 const Tensor& checked_words(const OptionalTensor& words, const Tensor& like) {
@@ -55,7 +49,7 @@ const T* data_or_null(const Tensor& t) {
 
 // Y of few samples, written in x's layout.
 Tensor few_samples(const Tensor& weight, const Tensor& words, const Tensor& x, const Tensor& bias) {
-  const MaskWords mask = words_of(words, weight.size(1));
+  const MaskWords mask = words_of(words, weight.size(0), weight.size(1));
   const Tensor rows = x.stride(0) == 1 ? x.t() : x.t().contiguous();  // samples
   Tensor y = empty_product(mask.rows, x);
   dispatch(weight.scalar_type(), [&]<class T>() {
@@ -111,7 +105,7 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor
   check_sddmm(a, b);
   const int64_t rows = a.size(0), cols = b.size(0), samples = a.size(1);
   const Tensor& bits = checked_words(words, a);
-  const MaskWords mask = words_of(bits, cols);
+  const MaskWords mask = words_of(bits, rows, cols);
   Tensor product = at::empty({rows, cols}, a.options());
   if (samples == 0 || product.numel() == 0) return product.zero_();
   if (entries_pay(start, column, product)) {

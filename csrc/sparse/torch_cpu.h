@@ -42,16 +42,26 @@ inline bool may_be_dense(const Tensor& weight, int64_t positions) {
   return weight.scalar_type() != at::kDouble && weight.numel() * positions >= 1 << 20;
 }
 
+// The stream of a [rows, cols] matrix. Its start is checked to the last, since wherever it points is read and
+// written; what `column` holds is checked by check_places, by those who walk it.
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
-  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
-                   "start and column must be int32, got ", start.scalar_type(), " and ",
-                   column.scalar_type());
-  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1 &&
-                        stream.start[stream.blocks() * rows] == column.numel(),
+  const Stream stream = shaped_stream(start, column, rows, cols, block);
+  const int64_t parts = stream.blocks() * rows;
+  bool is_sorted = stream.start[0] == 0;
+  for (int64_t i = 0; i < parts; ++i) is_sorted &= stream.start[i] <= stream.start[i + 1];
+  TORCH_CHECK_VALUE(is_sorted && stream.start[parts] == column.numel(),
                     "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
   return stream;
+}
+
+// Each of a stream's places must be in [0, count). A pass over integers, beside the walk's over panels.
+inline void check_places(const Tensor& places, int64_t count, const char* name) {
+  const int32_t* const place = places.const_data_ptr<int32_t>();
+  uint32_t most = 0;
+  for (int64_t i = 0; i < places.numel(); ++i) most = std::max(most, static_cast<uint32_t>(place[i]));
+  TORCH_CHECK_VALUE(places.numel() == 0 || most < count, "the stream's ", name, " must be in [0, ", count,
+                    "), got ", static_cast<int32_t>(most));
 }
 
 inline int64_t kept_entries(const Stream& stream) { return stream.start[stream.blocks() * stream.rows]; }
