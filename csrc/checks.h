@@ -140,7 +140,8 @@ inline void writable_and_apart(std::initializer_list<List> lists, bool or_same) 
       if (t.numel() > 0) items.push_back({&t, &list, i, memory::begin_of(t)});
     }
   }
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.begin < b.begin; });
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Item& a, const Item& b) { return a.begin < b.begin; });
   for (auto a = items.begin(); a != items.end(); ++a) {
     const char* const end = memory::end_of(*a->t);
     for (auto b = a + 1; b != items.end() && b->begin < end; ++b) {

@@ -31,11 +31,15 @@ Images<const T> images(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(3), x.size(2), x.size(3)};
 }
 
+Stream with_columns(Stream stream, const Tensor& column) {
+  stream.column = column.const_data_ptr<int32_t>();
+  return stream;
+}
+
 // Values in the stream's order; `source` is the entries' places in the weight.
 template <class T>
 void gather(const Stream& stream, const Tensor& source, const Tensor& weight, Accum<T>* values) {
-  Stream places = stream;
-  places.column = source.const_data_ptr<int32_t>();
+  const Stream places = with_columns(stream, source);
   over_rows(stream, 1, [&](int64_t b, int64_t e) {
     gather_values<T>(places, {weight.const_data_ptr<T>(), 0, 1}, values, b, e);
   });
@@ -50,8 +54,11 @@ Stream piece_stream(at::TensorList streams, size_t i, const Geometry& g, int64_t
   TORCH_CHECK_VALUE(source.numel() == offset.numel() && source.is_contiguous(),
                     "a stream must have a place in the weight for each of its ", offset.numel(),
                     " entries, got ", source.numel());
-  check_places(source, weight, "places in the weight");
-  check_places(offset, g.tiling.channels * g.tiling.plane() - walk.last(g.tiling), "offsets");
+  const int64_t pixels = g.tiling.channels * g.tiling.plane() - walk.last(g.tiling);
+  over_rows(stream, 1, [&](int64_t b, int64_t e) {
+    check_places(stream, pixels, "offsets", b, e);
+    check_places(with_columns(stream, source), weight, "places in the weight", b, e);
+  });
   return stream;
 }
 
@@ -426,8 +433,7 @@ Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList 
                              b, e);
       });
     });
-    Stream places = stream;
-    places.column = streams[1].const_data_ptr<int32_t>();
+    const Stream places = with_columns(stream, streams[1]);
     over_rows(stream, 1, [&](int64_t b, int64_t e) {
       scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
     });

@@ -109,7 +109,6 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
       if (words_t.has_value() && weight.stride(0) == 1)
         return skinny_spmm_transposed<T>(weight, *words_t, x, offset, out);
     }
-    check_places(column, cols, "columns");
     const A* const panels = packed<T, kFactor>(x);
     const bool transposed = start_t.has_value() && weight.stride(0) == 1 && weight.stride(1) != 1;
     // Twice as many where a transpose leads through them: one that is of another mask ends within.
@@ -118,13 +117,18 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
       TORCH_CHECK_VALUE(column_t.has_value() && column_t->numel() == column.numel(),
                         "the transposed mask's stream must have the mask's ", column.numel(), " entries");
       const Stream other = stream_of(*start_t, *column_t, cols, rows, block_t);
-      check_places(*column_t, rows, "transposed columns");
+      over_rows(stream, 1, [&](int64_t b, int64_t e) { check_places(stream, cols, "columns", b, e); });
+      over_rows(other, 1,
+                [&](int64_t b, int64_t e) { check_places(other, rows, "transposed columns", b, e); });
       at::parallel_for(
           0, stream.blocks(), grain(kept_entries(stream) / stream.blocks()),
           [&](int64_t b, int64_t e) { gather_transposed<T>(stream, other, matrix<T>(weight), value, b, e); });
     }
     over_rows(stream, samples, [&](int64_t b, int64_t e) {
-      if (!transposed) gather_values<T>(stream, matrix<T>(weight), value, b, e);
+      if (!transposed) {
+        check_places(stream, cols, "columns", b, e);
+        gather_values<T>(stream, matrix<T>(weight), value, b, e);
+      }
       spmm<T>(stream, value, panels, offset, out, samples, b, e);
     });
   });
@@ -138,12 +142,13 @@ at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble ? at::
 Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
   check_matrix(weight, "weight");
   const Stream stream = stream_of(start, column, weight.size(0), weight.size(1), block);
-  check_places(column, weight.size(1), "columns");
   const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
   dispatch(weight.scalar_type(), [&]<class T>() {
     Accum<T>* const value = values.mutable_data_ptr<Accum<T>>();
-    over_rows(stream, 1,
-              [&](int64_t b, int64_t e) { gather_values<T>(stream, matrix<T>(weight), value, b, e); });
+    over_rows(stream, 1, [&](int64_t b, int64_t e) {
+      check_places(stream, stream.cols, "columns", b, e);
+      gather_values<T>(stream, matrix<T>(weight), value, b, e);
+    });
   });
   return values;
 }
@@ -162,7 +167,6 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
                    x.scalar_type(), " and values of ", values.scalar_type());
   TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == column.numel(), "values must have ",
                     column.numel(), " elements, one an entry, got shape ", values.sizes());
-  check_places(column, cols, "columns");
   Tensor y = empty_product(rows, x);
   if (y.numel() == 0) return y;
   if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
@@ -172,8 +176,10 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
     const A *const panels = packed<T, kFactor>(x), *const value = values.const_data_ptr<A>();
     const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
-    over_rows(stream, samples,
-              [&](int64_t b, int64_t e) { spmm<T>(stream, value, panels, offset, out, samples, b, e); });
+    over_rows(stream, samples, [&](int64_t b, int64_t e) {
+      check_places(stream, cols, "columns", b, e);
+      spmm<T>(stream, value, panels, offset, out, samples, b, e);
+    });
   });
   return y;
 }
@@ -200,11 +206,11 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
         skinny_outer<T>(mask, matrix<T>(a), b_rows, dense, samples, first, last);
       });
     }
-    check_places(column, cols, "columns");
     const A* const a_panels = packed<T, kFactor>(a);
     const A* const b_panels = packed<T, kOtherFactor>(b);
     A* const value = scratch<A, kValues>(column.numel());
     over_rows(stream, samples, [&](int64_t first, int64_t last) {
+      check_places(stream, cols, "columns", first, last);
       sddmm<A>(stream, a_panels, b_panels, value, samples, first, last);
       spread_values<T>(stream, value, dense, first, last);
     });

@@ -43,7 +43,7 @@ inline bool may_be_dense(const Tensor& weight, int64_t positions) {
 }
 
 // The stream of a [rows, cols] matrix. Its start is checked to the last, since wherever it points is read and
-// written; what `column` holds is checked by check_places, by those who walk it.
+// written; what `column` holds is checked by those who walk it.
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
   const Stream stream = shaped_stream(start, column, rows, cols, block);
@@ -55,13 +55,19 @@ inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows,
   return stream;
 }
 
-// Each of a stream's places must be in [0, count). A pass over integers, beside the walk's over panels.
-inline void check_places(const Tensor& places, int64_t count, const char* name) {
-  const int32_t* const place = places.const_data_ptr<int32_t>();
+// Each place of the stream's rows [begin, end) must be in [0, count). Threads check theirs as they come to
+// them, so that the walk then has them in its cache.
+inline void check_places(const Stream& stream, int64_t count, const char* name, int64_t begin, int64_t end) {
   uint32_t most = 0;
-  for (int64_t i = 0; i < places.numel(); ++i) most = std::max(most, static_cast<uint32_t>(place[i]));
-  TORCH_CHECK_VALUE(places.numel() == 0 || most < count, "the stream's ", name, " must be in [0, ", count,
-                    "), got ", static_cast<int32_t>(most));
+  bool any = false;
+  for (int64_t b = 0; b < stream.blocks(); ++b) {
+    const int32_t* const start = stream.start + b * stream.rows;
+    for (int32_t i = start[begin]; i < start[end]; ++i)
+      most = std::max(most, static_cast<uint32_t>(stream.column[i]));
+    any |= start[begin] < start[end];
+  }
+  TORCH_CHECK_VALUE(!any || most < count, "the stream's ", name, " must be in [0, ", count, "), got ",
+                    static_cast<int32_t>(most));
 }
 
 inline int64_t kept_entries(const Stream& stream) { return stream.start[stream.blocks() * stream.rows]; }

@@ -264,7 +264,11 @@ def test_wrong_calls() -> None:
             ValueError,
             r"y\[0\] is written in place and shares memory with x\[0\]",
         ),
-        (lambda: h(x, x, p, ap, a), ValueError, r"x\[\d\] is written in place and shares memory with r\[\d\]"),
+        (
+            lambda: h(x, x, p, ap, a),
+            ValueError,
+            r"x\[\d\] is written in place and shares memory with r\[\d\]",
+        ),
         (lambda: h(x, r, p[:1], ap, a), ValueError, "p must have as many tensors as x, 2, got 1"),
         (lambda: h(x, r, p, ap, a[:1]), ValueError, r"alpha must have shape \[3\]"),
         (

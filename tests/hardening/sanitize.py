@@ -47,8 +47,14 @@ def build(kind: str, capability: str) -> Path:
     """The package with sanitized kernels, in a folder of its own."""
     folder = ROOT / "build" / f"sanitize-{kind}"
     settings = {"BLOKERN_SANITIZE": kind, "BLOKERN_CPU_CAPABILITIES": capability}
+    log = ROOT / "build" / f"sanitize-{kind}.log"
+    log.parent.mkdir(exist_ok=True)
+    print(f"building; {log} has what the compiler says", flush=True)
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=True)
+    with log.open("w") as told:
+        subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, stdout=told, stderr=subprocess.STDOUT, check=True
+        )
     return folder
 
 

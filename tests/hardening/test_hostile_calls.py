@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from blokern import ops
@@ -58,6 +61,40 @@ def test_two_tensors_on_one_numpy_array_are_seen_to_overlap() -> None:
     array = torch.rand(5, 3).numpy()
     with pytest.raises(ValueError, match="shares part of its memory with x"):
         ops.project_(torch.from_numpy(array[:4]), torch.from_numpy(array[1:]), 0.1)
+
+
+def places(t: Tensor) -> list[int]:
+    """Of its elements, in its storage."""
+    steps = [range(n) for n in t.shape]
+    return [
+        t.storage_offset() + sum(i * s for i, s in zip(index, t.stride(), strict=True))
+        for index in itertools.product(*steps)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    strides=st.lists(st.integers(0, 13), min_size=6, max_size=6),
+    offsets=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+def test_views_are_refused_just_where_they_meet(
+    shape: list[int], strides: list[int], offsets: tuple[int, int]
+) -> None:
+    memory = torch.rand(200)
+    x_adv, x = (
+        memory.as_strided(shape, strides[3 * i :][: len(shape)], offset) for i, offset in enumerate(offsets)
+    )
+    expected = ops.project(x_adv.clone(), x.clone(), 0.1)
+    is_itself = places(x_adv) == places(x)
+    try:
+        assert torch.equal(ops.project_(x_adv, x, 0.1), expected)
+    except ValueError as error:
+        if "some of its elements may share" not in str(error):
+            assert set(places(x_adv)) & set(places(x))
+    else:
+        assert len(set(places(x_adv))) == x_adv.numel()
+        assert is_itself or not set(places(x_adv)) & set(places(x))
 
 
 def test_buffers_are_apart_from_all_else() -> None:
@@ -209,3 +246,33 @@ def test_gradients_of_other_batches_are_refused() -> None:
 def test_no_scores_are_refused() -> None:
     with pytest.raises((ValueError, NotImplementedError)):
         native.topk_mask([], 0.5, False)
+
+
+def test_layers_are_apart_from_one_another() -> None:
+    """Of a list, also those at other places; parameters side by side in one buffer are taken."""
+    flat, grads = torch.rand(2, 24), [torch.rand(2, 8) for _ in range(3)]
+    masks = [torch.ones(2, 8, dtype=torch.bool)] * 3
+    columns = [flat[:, 8 * i : 8 * i + 8] for i in range(3)]
+    expected = [w - 0.1 * g for w, g in zip(columns, grads, strict=True)]
+    ops.masked_sgd_step_(columns, grads, masks, lr=0.1)
+    torch.testing.assert_close(columns, expected)
+    with pytest.raises(ValueError, match=r"weights\[\d\] is written in place and shares memory with weights"):
+        ops.masked_sgd_step_([columns[0], columns[1], flat[:, 7:15]], grads, masks, lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"weights\[0\] is written in place and shares memory with grads\[2\]"
+    ):
+        ops.masked_sgd_step_(columns, [*grads[:2], columns[0]], masks, lr=0.1)
+
+
+def test_coefficients_may_lie_in_what_is_written() -> None:
+    y, x = torch.rand(3, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    a, b = y[:, 0], y[:, 1]
+    expected = a[:, None] * x + b[:, None] * y
+    ops.multi_tensor_axpby_([y], [x], a, b)
+    torch.testing.assert_close(y, expected)
+
+
+def test_lists_of_nothing_are_refused() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="y must have at least one tensor"):
+        native.multi_tensor_axpby_([], [], one, one)
