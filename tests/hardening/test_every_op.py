@@ -17,10 +17,6 @@ def call(request: pytest.FixtureRequest) -> every_op.Call:
     return every_op.calls()[request.param]
 
 
-def same(one: list[Tensor], two: list[Tensor]) -> bool:
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, two, strict=True))
-
-
 def overlapping(like: Tensor) -> list[Tensor]:
     """Tensors of that shape whose elements share memory: expanded, and as windows."""
     dim = max(range(like.dim()), key=lambda d: like.shape[d])
@@ -60,7 +56,7 @@ def test_sharing_memory_is_refused_or_of_no_effect(call: every_op.Call) -> None:
                 else:
                     written = {p for p, _ in every_op.written(call)}
                     assert not {place, other_place} <= written, "two that are written, and share memory"
-                    assert same(actual, expected), (place, other_place, shift)
+                    assert every_op.same(actual, expected), (place, other_place, shift)
 
 
 def test_sizes_of_nothing_are_taken_or_refused(call: every_op.Call) -> None:
@@ -83,7 +79,7 @@ def test_a_view_whose_sign_is_yet_to_be_turned_is_its_values(call: every_op.Call
             with pytest.raises(ValueError, match="is written in place, and its sign is yet to be turned"):
                 every_op.run(call, {place: turned})
         else:
-            assert same(every_op.run(call, {place: turned}), expected)
+            assert every_op.same(every_op.run(call, {place: turned}), expected)
 
 
 def test_negative_strides_do_not_exist() -> None:
