@@ -7,7 +7,7 @@ NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu
 FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup build bench lint format clean cuda-emulation cuda-check cuda-link gpu
+.PHONY: demo test setup build bench docs lint format clean cuda-emulation cuda-check cuda-link gpu
 .DEFAULT_GOAL := build
 
 demo: build
@@ -21,6 +21,10 @@ test: build
 
 bench: build
 	$(BIN)/blokern bench all
+
+# The API reference, into build/docs; the pages of docs/ are read as they are.
+docs: build
+	$(BIN)/python docs/reference.py build/docs
 
 # The CUDA kernels without a GPU (docs/gpu.md): emulated; compiled by nvcc and inspected; linked to a CUDA build of torch.
 cuda-emulation: build
@@ -62,7 +66,8 @@ $(VENV)/.setup: constraints.txt pyproject.toml
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack \
 		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator \
-		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer
+		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer \
+		lightning lightning-utilities torchmetrics
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ CSRC = ROOT / "csrc"
 
 # As torch's own inductor builds; `torch.backends.cpu.get_cpu_capability()` names the one to load.
 X86 = {
-    "DEFAULT": [],
+    "DEFAULT": ["-O1"],  # for processors older than 2013: what it is asked for most is to build quickly
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"],
 }
@@ -58,26 +59,37 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in CSRC.glob(pattern))
 
 
-def extension(name: str, files: list[str], flags: list[str], links: list[str]) -> CppExtension:
-    headers = sources("**/*.h")
+def build_folder(name: str) -> Path:
+    """Each library's own, since they share sources; kept, so that ninja rebuilds only what changed."""
+    return ROOT / "build" / f"torch-{torch.__version__}" / name
+
+
+def extension(
+    name: str, files: list[str], flags: list[str], links: list[str], objects: Sequence[Path] = ()
+) -> CppExtension:
     return CppExtension(
         f"blokern.{name}",
         files,
         include_dirs=[str(CSRC)],
-        depends=headers,
+        depends=sources("**/*.h", "*/register_*.cpp"),
         extra_compile_args=FLAGS + flags,
         extra_link_args=links,
+        extra_objects=[str(path) for path in objects],
     )
 
 
-def cpu_library(capability: str, flags: list[str]) -> CppExtension:
-    return extension(
-        f"_cpu_{capability.lower()}",
-        sources("cpu_module.cpp", "*/*_cpu.cpp"),
+def cpu_libraries() -> Iterator[CppExtension]:
+    """The CPU kernels, once for each instruction set. What registers them and shares out the threads knows no
+    vectors, and most of torch's headers: it is compiled once, with the first library, for the least of the sets."""
+    registrations = sources("*/register_*cpu.cpp")
+    kernels = [path for path in sources("*/*_cpu.cpp") if path not in registrations]
+    compiled: list[Path] = []
+    for capability, flags in CAPABILITIES.items():
+        name = f"_cpu_{capability.lower()}"
+        files = ["csrc/cpu_module.cpp", *kernels, *([] if compiled else registrations)]
         # at::parallel_for is inline: without OpenMP here it would quietly run on one thread.
-        [*flags, "-fopenmp"],
-        ["-fopenmp"],
-    )
+        yield extension(name, files, [*flags, "-fopenmp"], ["-fopenmp"], compiled)
+        compiled = compiled or [build_folder(name) / Path(path).with_suffix(".o") for path in registrations]
 
 
 def cuda_library() -> CppExtension:
@@ -127,7 +139,7 @@ def main() -> None:
         [f'-DBLOKERN_{name}="{value}"' for name, value in facts.items()],
         [],
     )
-    libraries = [cpu_library(name, flags) for name, flags in CAPABILITIES.items()]
+    libraries = list(cpu_libraries())
     if builds_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         libraries.append(cuda_library())
@@ -138,11 +150,8 @@ def main() -> None:
 
 
 class BuildEachInItsOwnFolder(BuildExtension):
-    """The CPU libraries share their sources, so each needs object files of its own; kept, so that ninja rebuilds
-    only what changed."""
-
     def build_extension(self, ext: CppExtension) -> None:
-        folder = ROOT / "build" / f"torch-{torch.__version__}" / ext.name.rpartition(".")[2]
+        folder = build_folder(ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)
         self.build_temp = str(folder)
         super().build_extension(ext)

@@ -21,6 +21,7 @@ def run(name, **shorter):
 
 def test_every_example_is_run_here():
     tested = {"pgd_training", "fast_bat", "bip_inference", "hessian_eigenvalues"}
+    tested |= {"adversarial_training", "pruning", "lightning_fast_bat"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -73,3 +74,24 @@ def test_the_eigenvalue_is_one(capsys):
     norm = torch.sqrt(sum(part.square().sum() for part in v.values()))
     torch.testing.assert_close(values[0].float(), norm, rtol=0.02, atol=0.0)
     assert capsys.readouterr().out.count("training: ") == 1
+
+
+def test_every_rule_trains(capsys):
+    results = run("adversarial_training", epochs=2, width=8)
+    assert len(capsys.readouterr().out.splitlines()) == len(results) == 6
+    for name, result in results.items():
+        assert 0.02 < result.robust_accuracy < result.clean_accuracy, name
+
+
+def test_every_method_prunes(capsys):
+    results = run("pruning", epochs=2, width=8)
+    assert len(capsys.readouterr().out.splitlines()) == len(results) == 7
+    assert all(accuracy > 0.3 for accuracy in results.values()), results
+    assert results["SNIP"] > 0.8
+
+
+def test_lightning_trains(tmp_path):
+    pytest.importorskip("lightning")
+    quietly = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    metrics = run("lightning_fast_bat", epochs=3, **quietly)
+    assert 0.3 < metrics["val_robust_accuracy"] < metrics["val_accuracy"]

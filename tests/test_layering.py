@@ -78,9 +78,25 @@ def test_kernels_know_no_torch() -> None:
             assert all(name.startswith("torch/headeronly/") for name in known), path
 
 
-def test_one_file_includes_the_heavy_header() -> None:
-    heavy = [path.name for path in (ROOT / "csrc").rglob("*.*") if "torch/extension.h" in includes(path)]
-    assert heavy == ["bindings.cpp"]
+def test_one_file_knows_python_and_none_includes_the_heavy_header() -> None:
+    python = {"torch/extension.h": [], "torch/csrc/utils/pybind.h": ["bindings.cpp"]}
+    for header, files in python.items():
+        assert [path.name for path in (ROOT / "csrc").rglob("*.*") if header in includes(path)] == files
+
+
+def included(path: Path) -> set[str]:
+    """Our own headers that a file includes, by whatever way."""
+    direct = {name for name in includes(path) if (ROOT / "csrc" / name).exists()}
+    return direct.union(*(included(ROOT / "csrc" / name) for name in direct))
+
+
+def test_registrations_know_no_vectors() -> None:
+    """They are compiled once, and linked with the kernels of every instruction set."""
+    registrations = list((ROOT / "csrc").glob("*/register_*cpu.cpp"))
+    assert registrations
+    for path in registrations:
+        assert "support/math.h" in included(path)
+        assert "support/vec.h" not in included(path), path
 
 
 def test_cuda_work_is_queued_on_its_tensors_device() -> None:

@@ -39,7 +39,7 @@ class _APGDWalk(Walk):
 
 
 class APGD(Attack[_APGDWalk]):
-    """Auto-PGD: Croce & Hein, ICML 2020, Algorithm 1; for "l1" Croce & Hein, ICML 2021 ("Mind the box").
+    """Auto-PGD: Croce & Hein, ICML 2020; for "l1" Croce & Hein, ICML 2021 ("Mind the box").
 
     Needs no step size: it starts at 2 eps ("l1": eps) and at checkpoints, sample by sample, is halved where
     less than a share `rho` of the steps raised the loss, or where neither the step size nor the best loss has
@@ -58,7 +58,7 @@ class APGD(Attack[_APGDWalk]):
         apgd_t = APGD(model, eps=8 / 255, loss="dlr", target_classes=9, early_stop=True)
 
     multi_radius: "l1" only, as in AutoAttack: 30 % of the steps at 3 eps, 30 % at 2 eps and the rest at eps,
-    each stage from the best point of the one before (2021 paper, section 3).
+    each stage from the best point of the one before (2021 paper).
 
     Further keywords: :class:`blokern.attack.base.AttackOptions`; the call: :class:`Attack`. ValueError in the
     call if the model has too few classes: 3 for "dlr", 4 for its targeted form, target_classes + 1.

@@ -37,7 +37,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference-of-logits ratio −(z_y − max_{i≠y} z_i) / (z_π1 − z_π3), π the descending order.
 
     Logits [N, K] and y [N] int64 to [N]. Invariant to the logits' scale and shift, so that a scaled model
-    cannot hide its gradient; positive exactly where another class leads. Croce & Hein, ICML 2020, section 4.
+    cannot hide its gradient; positive exactly where another class leads. Croce & Hein, ICML 2020.
     ValueError with fewer than 3 classes::
 
         loss = dlr(model(x), y)
@@ -53,7 +53,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Targeted difference-of-logits ratio −(z_y − z_t) / (z_π1 − (z_π3 + z_π4)/2), climbed towards t =
     target.
 
-    Logits [N, K], y and target [N] int64, to [N]. Croce & Hein, ICML 2020, section 4. ValueError with fewer
+    Logits [N, K], y and target [N] int64, to [N]. Croce & Hein, ICML 2020. ValueError with fewer
     than 4 classes::
 
         second = model(x).topk(2, dim=1).indices[:, 1]

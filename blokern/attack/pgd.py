@@ -20,7 +20,7 @@ class PGD(Attack[Walk]):
     """Projected gradient descent: `steps` steps of `step_size` up the loss, each followed by a projection.
 
     Directions: sign(g) for "linf", g/‖g‖₂ for "l2", g/‖g‖₁ for "l1"; projection to the ball, then the box,
-    for "l1" to both at once. Madry et al., ICLR 2018, section 2. `step_size` is a float or a tensor [N], in
+    for "l1" to both at once. Madry et al., ICLR 2018. `step_size` is a float or a tensor [N], in
     units of x.
 
     random_start: start uniformly in the ball, else at x. restarts: independent runs, which need a random
@@ -168,7 +168,7 @@ class NFGSM(PGD):
     back.
 
     So x_adv lies in the box and within noise·eps + step_size of x, not within eps: an attack to train with.
-    `step_size` defaults to eps. de Jorge et al., NeurIPS 2022, Algorithm 1, and their released code::
+    `step_size` defaults to eps. de Jorge et al., NeurIPS 2022, and their released code::
 
         x_adv = NFGSM(model, eps=8 / 255, noise=2.0)(x, y)
     """

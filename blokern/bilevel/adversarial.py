@@ -331,7 +331,7 @@ class PGDAT(AdversarialRule[PGDATSettings]):
     """PGD adversarial training: random start, k = attack_steps projected sign steps. 2k + 3 sweeps.
 
     Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial Attacks",
-    ICLR 2018, equation 2.1.
+    ICLR 2018.
 
     >>> rule = PGDAT(model, torch.optim.SGD(model.parameters(), lr=0.1), PGDATSettings(attack_steps=10))
     >>> loss = rule.step(x, y).loss

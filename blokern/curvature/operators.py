@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -41,8 +42,9 @@ class CurvatureOperator:
             memory of all activations. RuntimeError from a product if parameters change in between.
         progress: show a bar over the batches of each product.
 
-    Vectors are dicts by parameter name; with one leading dimension more, several at once. Wrong ones, an empty loader
-    and one that is used up after a pass are ValueErrors.
+    Vectors are dicts by parameter name; with one leading dimension more, several at once. For code that is written
+    for SciPy or curvlinops, they may also be of n entries in a row, or lists of tensors: see `@`. Wrong ones, an empty
+    loader and one that is used up after a pass are ValueErrors.
     """
 
     _name: str
@@ -77,12 +79,73 @@ class CurvatureOperator:
         n = sum(p.numel() for p in self.parameters.values())
         return n, n
 
-    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The product with v, or with each of a stack.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products in a row: the first parameter's."""
+        return next(iter(self.parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters'."""
+        return next(iter(self.parameters.values())).device
+
+    def adjoint(self) -> CurvatureOperator:
+        """The operator itself, which is symmetric."""
+        return self
+
+    @overload
+    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, v: list[Tensor]) -> list[Tensor]: ...
+
+    def __matmul__(
+        self, v: Mapping[str, Tensor] | Tensor | list[Tensor]
+    ) -> dict[str, Tensor] | Tensor | list[Tensor]:
+        """The product with v, or with each of several, in the form of v.
+
+        v: a dict by parameter name, of each parameter's shape, or stacks with one leading dimension more; or, as
+        curvlinops has them, a tensor [n] or [n, k] of all parameters in a row, or a list of tensors like
+        `parameters`, for k vectors with one *trailing* dimension more. Raises ValueError or TypeError for others.
 
         >>> hessian = HessianOperator(model, F.cross_entropy, [(x, y)])
         >>> product = hessian @ {name: torch.randn_like(p) for name, p in hessian.parameters.items()}
+        >>> (hessian @ torch.randn(hessian.shape[0], 2)).shape
+        torch.Size([18, 2])
         """
+        if isinstance(v, Tensor):
+            return self._of_rows(v)
+        if isinstance(v, list):
+            return self._of_list(v)
+        return self._of_stacks(v)
+
+    def _of_rows(self, v: Tensor) -> Tensor:
+        n = self.shape[0]
+        if v.dim() not in (1, 2) or len(v) != n:
+            raise ValueError(f"v must have shape [{n}] or [{n}, k], got {tuple(v.shape)}")
+        if v.dtype != self.dtype:
+            raise TypeError(f"v must have the dtype of the parameters, {self.dtype}, got {v.dtype}")
+        product = self._of_stacks(unflatten(v.T if v.dim() == 2 else v, self.parameters))
+        rows = flatten(product, self.parameters).to(self.dtype)
+        return rows.T if v.dim() == 2 else rows
+
+    def _of_list(self, v: list[Tensor]) -> list[Tensor]:
+        if len(v) != len(self.parameters):
+            raise ValueError(f"v must have {len(self.parameters)} tensors, one a parameter, got {len(v)}")
+        if strangers := {type(part).__name__ for part in v if not isinstance(part, Tensor)}:
+            raise TypeError(f"v must be a list of Tensors, got one with {', '.join(sorted(strangers))}")
+        stacked = {
+            name: part.movedim(-1, 0) if part.dim() > p.dim() else part
+            for part, (name, p) in zip(v, self.parameters.items(), strict=True)
+        }
+        product = self._of_stacks(stacked)
+        return [
+            product[name].movedim(0, -1) if part.dim() > p.dim() else product[name]
+            for part, (name, p) in zip(v, self.parameters.items(), strict=True)
+        ]
+
+    def _of_stacks(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_vector(v, self.parameters)
         total: dict[str, Tensor] | None = None
         samples = 0
@@ -100,8 +163,11 @@ class CurvatureOperator:
         scale = 1.0 / samples if self.reduction == "mean" else 1.0
         return {name: t.mul_(scale).add_(v[name], alpha=self.damping) for name, t in total.items()}
 
-    def to_scipy(self) -> LinearOperator:
-        """The same matrix for vectors of all parameters in a row, in their order and dtype; for SciPy's solvers.
+    def to_scipy(self, dtype: Any = None) -> LinearOperator:
+        """The same matrix for vectors of all parameters in a row, in their order; for SciPy's solvers.
+
+        dtype: NumPy's, of what comes out; None for the operator's own, float32 for bfloat16. Products are computed in
+        the parameters' dtype.
 
         >>> from scipy.sparse.linalg import eigsh
         >>> values = eigsh(HessianOperator(model, F.cross_entropy, [(x, y)]).to_scipy(), k=3)[0]
@@ -109,14 +175,16 @@ class CurvatureOperator:
         from scipy.sparse.linalg import LinearOperator
 
         like = row(self.parameters)
-        dtype = like.cpu().numpy().dtype
+        known = torch.float32 if self.dtype == torch.bfloat16 else self.dtype  # to NumPy
+        given = np.dtype(str(known).removeprefix("torch.") if dtype is None else dtype)
 
         def multiply(columns: Any) -> Any:
-            stack = torch.as_tensor(columns).to(like).reshape(len(like), -1).T
-            product = flatten(self @ unflatten(stack, self.parameters), self.parameters)
-            return product.T.cpu().numpy().reshape(columns.shape)
+            product = self @ torch.as_tensor(columns).to(like)
+            return product.to(known).cpu().numpy().astype(given, copy=False)
 
-        return LinearOperator(self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, dtype=dtype)
+        return LinearOperator(
+            self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, rmatmat=multiply, dtype=given
+        )
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
         """Every batch linearised, and how many samples it has."""
@@ -140,8 +208,7 @@ class CurvatureOperator:
                         b.copy_(buffers[name])
 
     def _linearize(self, x: Any, y: Any) -> Linearization:
-        device = next(iter(self.parameters.values())).device
-        x, y = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, (x, y))
+        x, y = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, (x, y))
         return record(self.model, self.loss_fn, x, y, input_gradient=False, parameters=self.parameters)
 
 

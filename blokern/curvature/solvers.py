@@ -168,6 +168,7 @@ def inverse_hvp(
 
     model, loss_fn, loader: as in :class:`HessianOperator`, each batch linearised once; options go to :func:`cg_solve`
     or :func:`neumann_solve`. Look at the result's flags: an indefinite C + damping · I has no such solution by CG.
+    Raises ValueError for another curvature or method, and as they do.
 
     >>> solution = inverse_hvp(model, F.cross_entropy, [(x, y)], gradient, damping=1e-2, curvature="ggn")
     """

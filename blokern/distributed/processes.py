@@ -68,7 +68,7 @@ class Processes:
     # --- Tensors --------------------------------------------------------------------------------------------
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
+        """Replace each tensor by its sum over the processes: any shapes, dtypes and devices, the same everywhere."""
         if self.size == 1:
             return
         under_way = [(bucket, *self._send(bucket)) for bucket in _buckets(tensors)]
@@ -78,7 +78,7 @@ class Processes:
             _unpack(flat, bucket)
 
     def average_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
+        """Replace each tensor by its mean over the processes; floating-point, else as `sum_`."""
         if self.size == 1:
             return
         self.sum_(tensors := list(tensors))
@@ -87,7 +87,7 @@ class Processes:
     def average_gradients(self, model: nn.Module) -> None:
         """Average every gradient, and the running statistics of normalisation layers with them.
 
-        A parameter that no process has a gradient of keeps none.
+        A parameter that no process has a gradient of keeps none. Parameters must be the same everywhere: `equalize_`.
         """
         if self.size == 1:
             return
@@ -151,6 +151,9 @@ def joined() -> Iterator[Processes]:
     Gloo exchanges what is on the CPU, NCCL what is on a GPU, where there is one.
 
     Raises ConnectionError if the others do not come.
+
+    >>> with joined() as processes:
+    ...     rule = FastBAT(model, optimizer, settings, processes)
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes()

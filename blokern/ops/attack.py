@@ -44,7 +44,7 @@ def pgd_step(
     for "l1" the projection is the exact Euclidean one onto ball and box together.
 
     x_adv, x, grad: [N, ...] of one dtype; float32 images also take bfloat16 or float16 gradients, as autocast
-    leaves them. Source: Madry et al., ICLR 2018; for "l1" Croce & Hein, ICML 2021, Proposition 3.1.
+    leaves them. Source: Madry et al., ICLR 2018; for "l1" Croce & Hein, ICML 2021.
 
     >>> x = torch.tensor([[0.5, 0.9]]); grad = torch.tensor([[1.0, 2.0]])
     >>> pgd_step(x, x, grad, 0.2, 0.1)
@@ -142,8 +142,8 @@ def apgd_step_(
 
     z = P(x_adv + step_size · direction), then P(x_adv + momentum · (z − x_adv) + (1 − momentum) · (x_adv − x_prev));
     with momentum 1, z itself. For "l1" the direction is the sign of a sample's `keep` largest gradient entries (an int,
-    or int64 [N]; None: all) over their number. Source: Croce & Hein, ICML 2020, Algorithm 1, lines 7–8; for "l1"
-    ICML 2021, Algorithm 1.
+    or int64 [N]; None: all) over their number. Source: Croce & Hein, ICML 2020; for "l1" Croce &
+    Hein, ICML 2021.
 
     >>> x = torch.full((1, 2), 0.5); x_adv, x_prev = x.clone(), x.clone()
     >>> apgd_step_(x_adv, x_prev, x, torch.tensor([[1.0, -1.0]]), 0.1, 0.2, momentum=1.0)
@@ -197,7 +197,7 @@ def fast_bat_step(
     the attacker's loss ℓ_atk = −CE at z, and is descended. free (bool) is H_C's diagonal: true where
     max(−eps, clip_min − x) < z − step_size · grad < min(eps, clip_max − x), so that delta moves with θ there.
 
-    z, x, grad: [N, ...], z a perturbation, not an image. Source: Zhang et al., ICML 2022, eq. 8 and Theorem 1.
+    z, x, grad: [N, ...], z a perturbation, not an image. Source: Zhang et al., ICML 2022.
 
     >>> z, x = torch.zeros(1, 3), torch.tensor([[0.5, 0.5, 1.0]])
     >>> fast_bat_step(z, x, torch.tensor([[-0.05, -1.0, -1.0]]), 1.0, 0.1)
@@ -241,7 +241,7 @@ def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> A
     else:
         raise unknown_name("norm", norm, _NORMS)
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.blokern, full_name)(*args)
+        return getattr(torch.ops.blokern, full_name).per_sample(*args)
     try:
         return getattr(C, full_name)(*args)
     except TypeError:
@@ -254,14 +254,18 @@ def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> A
 
 
 def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
-    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N]."""
-    if not any(isinstance(size, Tensor) for size in sizes):
+    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N].
+
+    In a graph always tensors, and these products: a float that an op takes, torch.full too, is a constant of the
+    graph, and another value a reason to compile anew.
+    """
+    if not any(isinstance(size, Tensor) for size in sizes) and not torch.compiler.is_compiling():
         return sizes
 
     def per_sample(size: PerSample) -> Tensor:
         if isinstance(size, Tensor):
             return size.to(torch.float64)
-        return torch.full(images.shape[:1], size, dtype=torch.float64, device=images.device)
+        return images.new_ones(images.shape[:1], dtype=torch.float64) * size
 
     return tuple(per_sample(size) for size in sizes)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
-__all__ = ["Geometry", "Plan", "dense_arguments", "masked_conv2d", "plan_of"]
+__all__ = ["Geometry", "Plan", "conv2d_like", "dense_arguments", "kept_plan", "masked_conv2d", "plan_of"]
 
 
 def masked_conv2d(
@@ -50,9 +50,12 @@ def masked_conv2d(
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [N, in, H, W] or [in, H, W], got shape {tuple(x.shape)}")
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
-    plan = mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = torch.ops.blokern.masked_conv2d(images, weight, bias, *plan, dense_grad)
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = torch.ops.blokern.traced_conv2d(images, weight, bias, mask.words, shape.numbers, dense_grad)
+    else:
+        y = torch.ops.blokern.masked_conv2d(images, weight, bias, *kept_plan(mask, shape), dense_grad)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -100,6 +103,16 @@ class Geometry(NamedTuple):
             )
         return cls(rows, own * groups, groups, tuple(taps), size, out, strides, before, dilations)  # type: ignore[arg-type]
 
+    @property
+    def numbers(self) -> list[int]:
+        """In a row, as an op takes them."""
+        return [n for part in self for n in (part if isinstance(part, tuple) else (part,))]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> Geometry:
+        """The inverse of `numbers`."""
+        return cls(*numbers[:3], *zip(numbers[3::2], numbers[4::2], strict=True))  # type: ignore[arg-type]
+
 
 class Plan(NamedTuple):
     """A convolution as the ops take it, and (…_t) its gradient by the input, a convolution as well.
@@ -117,8 +130,13 @@ class Plan(NamedTuple):
     words: Tensor
 
 
+def kept_plan(mask: SparseMask, shape: Geometry) -> Plan:
+    """The plan, which the mask keeps."""
+    return mask.cached(("conv2d", shape), lambda: plan_of(mask, shape))
+
+
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
-    """The plan, made anew; masked_conv2d keeps it with the mask. On CUDA, where products are dense, without streams."""
+    """The plan, made anew. On CUDA, where products are dense, without streams."""
     numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
     if mask.device.type == "cuda":
         sizes = [shape.rows, *shape.out, shape.channels], [shape.channels, *shape.size, shape.rows]
@@ -336,8 +354,9 @@ def _dense_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     return by_grad, by_x, None, None, None
 
 
-def _like(x: Tensor, geometry: list[int]) -> Tensor:
-    sizes = rows, height, width = geometry[:3]
+def conv2d_like(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A result of these sizes, [C, H, W], for x or a gradient that lies like it; not filled."""
+    rows, height, width = sizes
     samples = x.shape[0]
     if x.stride(0) == 1 and samples > 1:
         return x.new_empty(*sizes, samples).permute(3, 0, 1, 2)
@@ -361,11 +380,11 @@ def _fake_entries(
 
 
 def _fake_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Any) -> Tensor:
-    return _like(x, plan[2])
+    return conv2d_like(x, plan[2][:3])
 
 
 def _fake_input(grad: Tensor, weight: Tensor, *plan: Any) -> Tensor:
-    return _like(grad, plan[3])
+    return conv2d_like(grad, plan[3][:3])
 
 
 def _fake_weight(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:

@@ -3,8 +3,10 @@
 A dot is a tangent, the derivative along a direction; a bar is an adjoint, the derivative of a loss by the tensor.
 float64, float32, bfloat16 or float16 (arithmetic at least float32; sums over the batch in float64), any layout, CPU or
 CUDA; none of these ops has a derivative. Results do not depend on the number of threads; those of one CUDA device are
-the same on every run. Errors are ValueError or TypeError, naming the argument. Labels on CUDA are not looked into: one
-out of range makes its row, and the loss, NaN.
+the same on every run. Shapes, dtypes and devices that do not fit are a ValueError or TypeError, naming the argument.
+Labels on CUDA are not looked into: one out of range makes its row, and the loss, NaN.
+
+The R-operator: Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def activation_adjoint_tangent(
     activation: one of `ACTIVATIONS`, whose parameters follow x_dot: softplus's beta and threshold, ELU's alpha, scale
     and input_scale, as torch's own ops have them. saved: y for "tanh" and "sigmoid", x for the others. All tensors are
     of saved's shape, and grad_dot and x_dot may have one leading dimension more, for several vectors; so has x_bar_dot.
-    φ′ of float32 is within 2e-7.
+    φ′ of float32 is within 2e-7. Raises ValueError for another activation, TypeError for other parameters.
 
     >>> one = torch.ones(1)
     >>> activation_adjoint_tangent("tanh", one, torch.zeros(1), torch.full((1,), 0.5), one)[1]
@@ -96,6 +98,8 @@ def softmax_cross_entropy_hvp(
 
     logits, tangent: [N, C]; target: int64 labels [N], or probabilities [N, C]; weight: [C] or None. The arguments mean
     what they mean in torch.nn.functional.cross_entropy; loss is a scalar of logits' dtype, grad and hvp are [N, C].
+    With p = softmax and one label a row, hvp is p ⊙ (tangent − ⟨p, tangent⟩), scaled as the loss. Raises ValueError for
+    another reduction or, on the CPU, a label that is no class.
 
     >>> logits = torch.zeros(1, 2)
     >>> softmax_cross_entropy_hvp(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
@@ -126,7 +130,8 @@ def batch_norm_tangent(
     x: [N, C, ...]; mean, rstd, weight and the tangents of weight and bias: [C], None for a weight of 1 and tangents of
     0. With `train`, mean and rstd = (var + eps)^−½ are the batch's own and move with x; without, they are constants.
     gate, of x's shape: y_dot is 0 where it is not positive; the output of a ReLU that follows makes y_dot that ReLU's.
-    Several vectors at once: x_dot [K, N, C, ...], weight_dot and bias_dot [K, C].
+    Several vectors at once: x_dot [K, N, C, ...], weight_dot and bias_dot [K, C]. mean and rstd may be of
+    another floating dtype than x. Ioffe and Szegedy, ICML 2015.
 
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> batch_norm_tangent(x, torch.tensor([[1.0], [0.0]]), torch.tensor([2.0]), torch.tensor([1.0]), train=False)

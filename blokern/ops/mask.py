@@ -128,11 +128,8 @@ class SparseMask:
         return dense.view(self.shape)
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returned when it was first asked for under this key, since the bits last changed.
-
-        A compiled graph cannot look at `version`: after a state_dict was loaded, call the model once in eager code.
-        """
-        if not torch.compiler.is_compiling() and self._cached_version != self.version:
+        """What `make` returned when it was first asked for under this key, since the bits last changed."""
+        if self._cached_version != self.version:
             self._forget()
         if key not in self._cache:
             with torch.inference_mode(False):  # what is kept serves training too

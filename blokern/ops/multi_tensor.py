@@ -20,6 +20,9 @@ __all__ = ["cg_update_", "multi_tensor_axpby_", "multi_tensor_dot"]
 def multi_tensor_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """⟨a, b⟩ of each column, over all tensors of the lists: float64 [K].
 
+    a, b: lists of one tensor a parameter, each a stack [K, ...], float64, float32, bfloat16 or float16. Raises
+    ValueError or TypeError, naming the argument, for lists, shapes, dtypes or devices that do not fit.
+
     >>> multi_tensor_dot([torch.ones(1, 3), torch.ones(1)], [torch.ones(1, 3), torch.full((1,), 2.0)])
     tensor([5.], dtype=torch.float64)
     """
@@ -31,7 +34,8 @@ def multi_tensor_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def multi_tensor_axpby_(y: Sequence[Tensor], x: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
     """y ← a x + b y in place, with one a and b a column, float64 [K].
 
-    What a coefficient of 0 stands before is not read, as in BLAS: a NaN there is of no effect.
+    What a coefficient of 0 stands before is not read, as in BLAS: a NaN there is of no effect. Lists and errors as in
+    :func:`multi_tensor_dot`.
 
     >>> y, one = [torch.tensor([[1.0, 2.0]])], torch.ones(1, dtype=torch.float64)
     >>> multi_tensor_axpby_(y, [torch.tensor([[10.0, 20.0]])], one, 3 * one); y
@@ -47,7 +51,7 @@ def cg_update_(
     """x ← x + α p and r ← r − α A p in place, in one pass, and ⟨r, r⟩ of the new r, float64 [K].
 
     The step of conjugate gradients along p, or with p = r and a constant α of a Neumann series. alpha: float64 [K]; a
-    column where it is 0 stays as it is, whatever p and ap are there.
+    column where it is 0 stays as it is, whatever p and ap are there. Lists and errors as in :func:`multi_tensor_dot`.
 
     >>> x, r, half = [torch.zeros(1, 2)], [torch.tensor([[2.0, 4.0]])], torch.full((1,), 0.5, dtype=torch.float64)
     >>> cg_update_(x, r, [torch.ones(1, 2)], [torch.ones(1, 2)], half), x

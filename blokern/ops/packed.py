@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +66,12 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     """
     for name, t in (("x", x), ("bias", bias)):
         if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require a gradient: packed weights are for inference")
+            raise ValueError(
+                f"{name} must not require a gradient: packed weights are for inference, under torch.no_grad()"
+            )
     if x.dim() == 0 or x.shape[-1] != weight.cols:
         raise ValueError(f"x must have shape [..., {weight.cols}], got {tuple(x.shape)}")
-    samples = x.reshape(x.shape[:-1].numel(), weight.cols).t()
+    samples = x.reshape(math.prod(x.shape[:-1]), weight.cols).t()
     entries = (weight.start, weight.column, weight.block, weight.rows)
     y: Tensor = torch.ops.blokern.packed_spmm(weight.values, samples, bias, *entries).t()
     return y.reshape(*x.shape[:-1], weight.rows)

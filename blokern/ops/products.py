@@ -8,6 +8,7 @@ being zeros, with what its products promise.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from blokern.ops.mask import SparseMask, as_mask, check_mask
 
-__all__ = ["masked_linear", "sddmm", "spmm"]
+__all__ = ["masked_linear", "sddmm", "spmm", "spmm_like"]
 
 
 def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,8 +32,7 @@ def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | No
     """
     mask = as_mask(mask)
     check_mask(mask, weight, "weight")
-    out: Tensor = torch.ops.blokern.spmm(weight, x, bias, *_streams(mask, weight, x))
-    return out
+    return _spmm(weight, mask, x, bias)
 
 
 def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
@@ -47,7 +47,11 @@ def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
     mask = as_mask(mask)
     if a.dim() == 2 and b.dim() == 2 and (mask.rows, mask.cols) != (len(a), len(b)):
         raise ValueError(f"mask must have shape {(len(a), len(b))} to fit a and b, got {tuple(mask.shape)}")
-    out: Tensor = torch.ops.blokern.sddmm(a, b, *_streams(mask, a, b))
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = torch.ops.blokern.traced_sddmm(a, b, mask.words, False)
+    else:
+        out = torch.ops.blokern.sddmm(a, b, *_streams(mask, a, b))
     return out
 
 
@@ -72,9 +76,20 @@ def masked_linear(
         raise ValueError("x must have a dimension of features, [..., in], got a scalar tensor")
     mask = as_mask(mask)
     check_mask(mask, weight, "weight")
-    samples = x.reshape(x.shape[:-1].numel(), x.shape[-1]).t()
-    y: Tensor = torch.ops.blokern.spmm(weight, samples, bias, *_streams(mask, weight, x), dense_grad).t()
+    samples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).t()
+    y = _spmm(weight, mask, samples, bias, dense_grad).t()
     return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _spmm(
+    weight: Tensor, mask: SparseMask, x: Tensor, bias: Tensor | None, dense_grad: bool = False
+) -> Tensor:
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = torch.ops.blokern.traced_spmm(weight, x, bias, mask.words, False, dense_grad)
+    else:
+        y = torch.ops.blokern.spmm(weight, x, bias, *_streams(mask, weight, x), dense_grad)
+    return y
 
 
 def _streams(mask: SparseMask, *factors: Tensor) -> tuple[Any, ...]:
@@ -133,7 +148,8 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _fake_spmm(weight: Tensor, x: Tensor, *_: object) -> Tensor:
+def spmm_like(weight: Tensor, x: Tensor, *_: object) -> Tensor:
+    """A result of spmm, not filled."""
     rows, samples = weight.shape[0], x.shape[1]
     if x.stride(0) == 1 and x.stride(1) != 1:
         return x.new_empty(samples, rows).t()
@@ -144,7 +160,7 @@ def _fake_sddmm(a: Tensor, b: Tensor, *_: object) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0])
 
 
-torch.library.register_fake("blokern::spmm", _fake_spmm)
+torch.library.register_fake("blokern::spmm", spmm_like)
 torch.library.register_fake("blokern::sddmm", _fake_sddmm)
 torch.library.register_autograd("blokern::spmm", _spmm_backward, setup_context=_save_spmm)
 torch.library.register_autograd("blokern::sddmm", _sddmm_backward, setup_context=_save)

@@ -37,8 +37,11 @@ def bip_score_step_(
     """BiP's upper level: a step of SGD on the scores, in place, along (θ − m ⊙ g / γ) ⊙ g.
 
     weights: θ; grads: g, the loss's gradient by w = m ⊙ θ, dense; masks: m; gamma: γ > 0, inf for no implicit term.
-    Source: Zhang, Yao, Ram, Zhao, Chen, Hong, Wang, Liu, "Advancing Model Pruning via Bi-level Optimization",
-    NeurIPS 2022.
+    Lists of one tensor a layer, [out, ...], float64 or float32; momentum_buffers likewise, zeros at first, needed
+    unless momentum is 0. Raises ValueError for values, shapes, devices or lengths that do not fit, or a tensor that
+    requires grad outside torch.no_grad(), TypeError for types, naming the argument, before anything is written.
+    Source: Zhang, Yao, Ram, Zhao, Chen, Hong, Wang, Liu, "Advancing Model Pruning via Bi-level Optimization", NeurIPS
+    2022.
 
     >>> scores, weights, grads = ([torch.full((1, 2), v)] for v in (1.0, 3.0, 2.0))
     >>> bip_score_step_(scores, weights, grads, [torch.tensor([[True, False]])], lr=0.1); scores
@@ -64,7 +67,8 @@ def bip_released_step_(
 ) -> None:
     """What BiP's released code does for :func:`bip_score_step_`, to reproduce it: its scores are the weights.
 
-    A step of SGD on the weights, in place, along |θ| ⊙ g − (θ ⊙ g)² / γ; 1/γ is that code's lr2.
+    A step of SGD on the weights, in place, along |θ| ⊙ g − (θ ⊙ g)² / γ; 1/γ is that code's lr2. Lists and errors as
+    there.
 
     >>> weights, grads = [torch.tensor([[-2.0]])], [torch.tensor([[1.0]])]
     >>> bip_released_step_(weights, grads, lr=0.1, gamma=float("inf")); weights
@@ -87,7 +91,8 @@ def masked_sgd_step_(
 ) -> None:
     """torch.optim.SGD's step on the weights, in place, for the gradient m ⊙ g; where m is 0, g may be NaN.
 
-    Weights whose mask is 0 keep moving by decay and momentum, as they do with torch's optimizer.
+    Weights whose mask is 0 keep moving by decay and momentum, as they do with torch's optimizer. Lists and errors as in
+    :func:`bip_score_step_`.
 
     >>> weights, grads = [torch.ones(1, 2)], [torch.ones(1, 2)]
     >>> masked_sgd_step_(weights, grads, [torch.tensor([[True, False]])], lr=0.5); weights

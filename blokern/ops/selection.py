@@ -38,7 +38,9 @@ def topk_mask(
 
     Keeps exactly round(density * n) of n entries, as Python rounds; that may be none. density is in (0, 1]. scope
     "global" selects among all tensors of the list together, "layer" in each by itself. Dtypes may differ: values are
-    compared exactly. A few passes over the scores, without a sort or a copy of them all.
+    compared exactly. A few passes over the scores, without a sort or a copy of them all. Scores are of any shape,
+    float64, float32, bfloat16 or float16, masks bool of the same. Raises ValueError for NaN (on CUDA an assertion on
+    the device), an empty list, several devices, a density out of range or another scope, TypeError for another type.
 
     >>> topk_mask([torch.tensor([3.0, 1.0]), torch.tensor([[2.0], [2.0]])], 0.5)
     [tensor([ True, False]), tensor([[ True],
@@ -69,6 +71,7 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     """The n largest of every m consecutive entries along `dim`, whose size is a multiple of m; 1 ≤ n ≤ m.
 
     Each entry is compared with the others of its group: fast for the m in use, slower than torch.topk past a thousand.
+    Types and errors as in :func:`topk_mask`; ValueError for n, m or dim that do not fit.
 
     >>> nm_mask(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2, 4)
     tensor([ True, False,  True, False])
@@ -84,8 +87,8 @@ def nm_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
 def filter_mask(scores: Tensor, density: float) -> Tensor:
     """Whole filters (dim 0: output channels or features) of scores [out, in, ...], those of the largest L2 norms.
 
-    Keeps exactly round(density * out) of them, as Python rounds. Norms are summed in float64. A NaN's message counts
-    filters.
+    Keeps exactly round(density * out) of them, as Python rounds. Norms are summed in float64. Types and errors as in
+    :func:`topk_mask`; a NaN's message counts filters.
 
     >>> filter_mask(torch.tensor([[1.0, 1.0], [0.0, 2.0]]), 0.5)
     tensor([[False, False],

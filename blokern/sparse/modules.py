@@ -43,9 +43,13 @@ class _Masked(nn.Module):
     @property
     def mask(self) -> SparseMask:
         """The mask in use; `mask.update_` changes it."""
-        if self._mask.words is not self.mask_words:  # the module was moved, or a state_dict assigned
-            self._mask = SparseMask.of_words(self.mask_words, self.weight.shape)
-        return self._mask
+        if self._mask.words is self.mask_words:
+            return self._mask
+        # The module was moved, a state_dict assigned, or a graph is being traced with stand-ins.
+        mask = SparseMask.of_words(self.mask_words, self.weight.shape)
+        if not torch.compiler.is_compiling():
+            self._mask = mask
+        return mask
 
 
 def under_autocast(x: Tensor, *parameters: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-// apgd_step: one step of Auto-PGD with momentum m (Croce & Hein, ICML 2020, eq. 2 and 3):
+// apgd_step: one step of Auto-PGD with momentum m (Croce & Hein, ICML 2020):
 //   z = P(x_adv + step_size · direction);   x_adv ← P(x_adv + m (z − x_adv) + (1 − m)(x_adv − x_prev)).
 // For L1 the direction is the signs of a sample's largest |grad|, over their number (Croce & Hein, ICML
 // 2021).

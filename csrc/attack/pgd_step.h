@@ -1,5 +1,5 @@
 // pgd_step: x_adv ← P(x_adv + step_size · direction(grad)), direction = sign, g/‖g‖₂ or g/‖g‖₁ (zero where
-// the norm is zero). Madry et al., ICLR 2018, eq. 4, and its L2 and L1 forms.
+// the norm is zero). Madry et al., ICLR 2018, and its L2 and L1 forms.
 #pragma once
 
 #include <cstdint>

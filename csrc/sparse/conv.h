@@ -83,4 +83,8 @@ void convolve_dense_weight(const int32_t* offset, int64_t cols, const A* grad, c
                            const A* tile, const Tiling& tiling, int64_t step, const Part& part, A* values,
                            bool add, int64_t begin, int64_t end);
 
+// values [count] in the weight's own type.
+template <class T>
+void store_values(const Accum<T>* values, T* to, int64_t count);
+
 }  // namespace blokern

@@ -219,11 +219,17 @@ void convolve_dense_weight(const int32_t* offset, int64_t cols, const A* grad, c
       });
 }
 
+template <class T>
+void store_values(const Accum<T>* values, T* to, int64_t count) {
+  copy_row<Accum<T>>(values, to, count);
+}
+
 #define INSTANTIATE(T)                                                                                  \
   template void pack_tile<T>(const Images<const T>&, const Tiling&, const Part&, Accum<T>*, int64_t,    \
                              int64_t);                                                                  \
   template void convolve<T>(const Images<const T>&, const Tiling&, std::span<const Piece<T>>, const T*, \
-                            const Images<T>&, int64_t, int64_t, int64_t);
+                            const Images<T>&, int64_t, int64_t, int64_t);                               \
+  template void store_values<T>(const Accum<T>*, T*, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)

@@ -5,21 +5,10 @@
 #include <cstdint>
 #include <utility>
 
+#include "sparse/matrix.h"
 #include "support/vec.h"
 
 namespace blokern {
-
-// Slots of a thread's scratch memory.
-constexpr int kFactor = 1, kOtherFactor = 2, kValues = 3, kTile = 4, kSums = 5;
-
-// A matrix in memory of any layout.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row_stride, col_stride;
-
-  T* at(int64_t row, int64_t col) const { return data + row * row_stride + col * col_stride; }
-};
 
 template <class A>
 using VectorOf = typename Vector<A>::type;
@@ -149,10 +138,7 @@ bool goes_past_cache(const T* to, int64_t elements, int64_t step) {
          reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 && step * sizeof(T) % kVectorBytes == 0;
 }
 
-// Lanes of a wide panel fill half of the vector registers with sums; those of a narrow one, for few samples
-// and for what the wide ones leave, a cache line.
-template <class A>
-constexpr int64_t kNarrowLanes = 64 / sizeof(A);
+// Lanes of a wide panel fill half of the vector registers with sums.
 template <class A>
 constexpr int64_t kWideLanes = (kVectorBytes == 64 ? 4 : 8) * Vector<A>::size;
 
@@ -165,14 +151,6 @@ void for_each_panel(int64_t samples, Body&& body) {
     body(first, lanes);
     first += lanes;
   }
-}
-
-// Samples with the last panel's idle lanes, which hold zeros.
-template <class A>
-int64_t padded(int64_t samples) {
-  int64_t total = 0;
-  for_each_panel<A>(samples, [&](int64_t, int64_t lanes) { total += lanes; });
-  return total;
 }
 
 }  // namespace blokern

@@ -383,9 +383,9 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
         }
       });
     });
-    const Matrix<T> to{product.mutable_data_ptr<T>(), cols, 1};
+    T* const to = product.mutable_data_ptr<T>();
     at::parallel_for(0, g.rows, grain(cols), [&](int64_t b, int64_t e) {
-      copy_out<A, T>(values + b * cols, cols, {to.at(b, 0), cols, 1}, e - b, cols);
+      store_values<T>(values + b * cols, to + b * cols, (e - b) * cols);
     });
   });
   return product;

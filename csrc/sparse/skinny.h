@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "sparse/lanes_cpu.h"
+#include "sparse/matrix.h"
 #include "sparse/stream.h"
 
 namespace blokern {

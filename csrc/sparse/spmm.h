@@ -7,10 +7,14 @@
 
 #include <cstdint>
 
-#include "sparse/lanes_cpu.h"
+#include "sparse/matrix.h"
 #include "sparse/stream.h"
 
 namespace blokern {
+
+// Samples with the last panel's idle lanes, which hold zeros.
+template <class A>
+int64_t padded(int64_t samples);
 
 // Rows [begin, end) of X [features, samples] into panels; that of sample s begins at panels + features · s.
 template <class T>

@@ -7,6 +7,13 @@
 
 namespace blokern {
 
+template <class A>
+int64_t padded(int64_t samples) {
+  int64_t total = 0;
+  for_each_panel<A>(samples, [&](int64_t, int64_t lanes) { total += lanes; });
+  return total;
+}
+
 template <class T>
 void pack_panels(const Matrix<const T>& x, int64_t features, int64_t samples, Accum<T>* panels, int64_t begin,
                  int64_t end) {
@@ -132,7 +139,11 @@ INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
 #undef INSTANTIATE
-template void sddmm<double>(const Stream&, const double*, const double*, double*, int64_t, int64_t, int64_t);
-template void sddmm<float>(const Stream&, const float*, const float*, float*, int64_t, int64_t, int64_t);
+#define INSTANTIATE(A)                 \
+  template int64_t padded<A>(int64_t); \
+  template void sddmm<A>(const Stream&, const A*, const A*, A*, int64_t, int64_t, int64_t);
+INSTANTIATE(double)
+INSTANTIATE(float)
+#undef INSTANTIATE
 
 }  // namespace blokern

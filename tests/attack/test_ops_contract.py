@@ -9,6 +9,7 @@ import pytest
 import torch
 from ops_cases import NORMS, calls, images
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from blokern import ops
@@ -79,6 +80,7 @@ def test_every_schema_is_checked_here() -> None:
         "masked_conv2d_weight",
         "topk_mask",
         "nm_mask",
+        *(f"traced_{name}" for name in ("spmm", "sddmm", "conv2d", "conv2d_input", "conv2d_weight")),
     }  # in tests/sparse
     curvature = {
         "batch_norm_adjoint",
@@ -117,6 +119,32 @@ def test_inductor_compiles_a_loop() -> None:
     want = loop(x, grad)
     torch.manual_seed(0)
     assert torch.equal(torch.compile(loop, fullgraph=True)(x, grad), want)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_loop_of_steps_is_compiled_once(norm: ops.Norm) -> None:
+    """Twice, by torch's own rule: a number is a constant until it is seen to change."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(18, 4))
+    x, y = torch.rand(3, 2, 3, 3), torch.tensor([0, 1, 3])
+
+    def loss(z: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model(z), y)
+
+    def step(x_adv: Tensor, x_prev: Tensor, eps: float, number: int) -> Tensor:
+        grad = torch.func.grad(loss)(x_adv).detach()
+        ops.pgd_step_(x_adv, x, grad, eps * 0.8**number, eps, norm=norm)
+        ops.apgd_step_(x_adv, x_prev, x, grad, eps / (number + 1), eps, norm=norm)
+        return ops.project(x_adv, x, eps / 2, norm=norm)
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=graphs)
+    ours, theirs = [x.clone(), x.clone()], [x.clone(), x.clone()]
+    for number in range(5):
+        eps = 0.1 + 0.05 * number
+        assert torch.equal(compiled(*ours, eps, number), step(*theirs, eps, number))
+        assert torch.equal(torch.stack(ours), torch.stack(theirs))
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.parametrize("norm", NORMS)

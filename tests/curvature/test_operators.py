@@ -158,6 +158,80 @@ def test_scipy_finds_the_same_eigenvalues() -> None:
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(matrix)[-3:], atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+def test_rows_and_lists_are_the_same_vectors(kind: type[CurvatureOperator]) -> None:
+    model, batches = small_net(), data(6, 4)
+    operator = kind(model, F.cross_entropy, batches, damping=0.1, keep=True)
+    matrix, like = dense(operator), operator.parameters
+    assert (operator.dtype, operator.device) == (torch.float64, torch.device("cpu"))
+    assert operator.adjoint() is operator
+    for columns in (torch.randn(43, dtype=torch.float64), torch.randn(43, 3, dtype=torch.float64)):
+        oracles.assert_close(operator @ columns, matrix @ columns)
+        parts = [
+            part.reshape(*p.shape, *columns.shape[1:])
+            for part, p in zip(columns.split([p.numel() for p in like.values()]), like.values(), strict=True)
+        ]
+        product = operator @ parts
+        assert [t.shape for t in product] == [t.shape for t in parts]
+        rows = torch.cat([t.reshape(p.numel(), -1) for t, p in zip(product, like.values(), strict=True)])
+        oracles.assert_close(rows.reshape(columns.shape), matrix @ columns)
+
+
+def test_wrong_rows_and_lists() -> None:
+    operator = HessianOperator(small_net(), F.cross_entropy, data(6))
+    parts = [torch.zeros_like(p) for p in operator.parameters.values()]
+    with pytest.raises(ValueError, match=r"v must have shape \[43\] or \[43, k\], got \(3, 43\)"):
+        operator @ torch.zeros(3, 43, dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match=r"v must have the dtype of the parameters, torch\.float64, got torch\.float32"
+    ):
+        operator @ torch.zeros(43)
+    with pytest.raises(ValueError, match="v must have 4 tensors, one a parameter, got 3"):
+        operator @ parts[:3]
+    with pytest.raises(TypeError, match="v must be a list of Tensors, got one with float"):
+        operator @ [*parts[:3], 1.0]  # type: ignore[list-item]
+    with pytest.raises(
+        ValueError, match=r"v must be one vector, or stacks of one size, got 2 in '0\.weight', one in"
+    ):
+        operator @ [torch.zeros(5, 4, 2, dtype=torch.float64), *parts[1:]]
+    with pytest.raises(TypeError, match="v must be a dict of tensors by parameter name, got int"):
+        operator @ 3  # type: ignore[operator]
+
+
+def test_curvlinops_takes_an_operator_for_one_of_its_own() -> None:
+    peers = pytest.importorskip("curvlinops")
+    model, batches = small_net(), data(6, 4)
+    ours = GGNOperator(model, F.cross_entropy, batches, keep=True)
+    theirs = peers.GGNLinearOperator(model, nn.CrossEntropyLoss(), [*model.parameters()], batches)
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    matrix = torch.randn(43, 4, dtype=torch.float64)
+    oracles.assert_close(ours @ matrix, theirs @ matrix)
+    columns = [torch.randn(*p.shape, 2, dtype=torch.float64) for p in model.parameters()]
+    oracles.assert_close(dict(enumerate(ours @ columns)), dict(enumerate(theirs @ columns)))
+    for estimate in (peers.hutchinson_trace, peers.hutchpp_trace, peers.xtrace, peers.xdiag):
+        torch.manual_seed(0)
+        want = estimate(theirs, 12)
+        torch.manual_seed(0)
+        torch.testing.assert_close(estimate(ours, 12), want)
+    part = peers.SubmatrixLinearOperator(ours, [0, 5, 7], [1, 5])
+    eye = torch.eye(2, dtype=torch.float64)
+    oracles.assert_close(part @ eye, dense(ours)[[0, 5, 7]][:, [1, 5]])
+    np.testing.assert_allclose(
+        ours.to_scipy() @ matrix.numpy(), theirs.to_scipy() @ matrix.numpy(), atol=1e-12
+    )
+
+
+def test_scipy_gets_the_dtype_it_asks_for() -> None:
+    model, batches = small_net().float(), [(x.float(), y) for x, y in data(6)]
+    operator = HessianOperator(model, F.cross_entropy, batches)
+    assert operator.to_scipy().dtype == np.float32
+    linear = operator.to_scipy(np.float64)
+    assert linear.dtype == np.float64
+    assert (linear @ np.ones(43)).dtype == np.float64
+    narrow = HessianOperator(model.bfloat16(), F.cross_entropy, [(x.bfloat16(), y) for x, y in batches])
+    assert (narrow.to_scipy() @ np.ones(43)).dtype == np.float32
+
+
 def test_wrong_operators() -> None:
     model, batches = small_net(), data(6)
     v = oracles.random_vector(model)

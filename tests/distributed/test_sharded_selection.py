@@ -1,15 +1,17 @@
 """topk_mask over the processes' parts chooses what the op chooses in the whole."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from gang import Gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -129,13 +131,18 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(7, 9), nn.Linear(9, 3))
 
 
-def fsdp(group: Processes) -> list[Tensor]:
+def fsdp_network(group: Processes) -> tuple[nn.Module, DeviceMesh]:
     model = network()
     mesh = init_device_mesh("cpu", (group.size,))
     fully_shard(model[2], mesh=mesh)
     fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model, mesh
+
+
+def fsdp(group: Processes) -> list[Tensor]:
+    model, mesh = fsdp_network(group)
     parameters = [*model.parameters()]
-    assert all(isinstance(p, DTensor) for p in parameters)
     masks = topk_mask([p.detach().abs() for p in parameters], 0.3, group)
     for p, mask in zip(parameters, masks, strict=True):
         p.data.mul_(mask)  # shard by shard, nothing is exchanged
@@ -152,3 +159,37 @@ def test_prunes_what_fsdp_shards(four: Gang) -> None:
     want = masks + [p * mask for p, mask in zip(parameters, masks, strict=True)]
     for results in four(fsdp):
         assert all(torch.equal(got, expected) for got, expected in zip(results, want, strict=True))
+
+
+def state_of(model: nn.Module, masks: list[Tensor]) -> dict[str, Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    return model.state_dict() | {f"mask of {name}": mask for name, mask in zip(names, masks, strict=True)}
+
+
+def save_pruned(group: Processes, folder: Path) -> list[Tensor]:
+    model, _ = fsdp_network(group)
+    masks = topk_mask([p.detach().abs() for p in model.parameters()], 0.3, group)
+    for p, mask in zip(model.parameters(), masks, strict=True):
+        p.data.mul_(mask)
+    state = state_of(model, masks)
+    dcp.save(state, checkpoint_id=folder)
+    return [t.full_tensor() for t in state.values()]
+
+
+def load_pruned(group: Processes, folder: Path) -> list[Tensor]:
+    model, _ = fsdp_network(group)
+    masks = [torch.zeros_like(p, dtype=torch.bool) for p in model.parameters()]
+    for p in model.parameters():
+        p.data.zero_()
+    state = state_of(model, masks)
+    dcp.load(state, checkpoint_id=folder)
+    return [t.full_tensor() for t in state.values()]
+
+
+def test_sharded_weights_and_masks_are_saved_and_loaded_by_another_number_of_processes(
+    two: Gang, four: Gang, tmp_path: Path
+) -> None:
+    want = four(save_pruned, tmp_path)[0]
+    assert any(t.dtype == torch.bool and t.any() for t in want)
+    for got in two(load_pruned, tmp_path):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
