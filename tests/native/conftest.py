@@ -30,8 +30,8 @@ def kernels_there_are() -> dict[tuple[str, int], str]:
     for program in FOLDER.glob("*_emulated/*_emulated"):
         told = subprocess.run(["nm", "-C", program], capture_output=True, text=True, check=True).stdout
         for line in told.splitlines():
-            address, _, symbol = line.partition(" ")
-            if kernel.match(symbol[2:]):
+            address, _, symbol = line.replace("(anonymous namespace)", "").partition(" ")
+            if kernel.match(symbol[2:]) and ")::" not in symbol:  # not what is declared in one
                 found[str(program), int(address, 16)] = symbol[2:]
     return found
 

@@ -74,6 +74,21 @@ def test_every_dtype_and_shape_equals_the_oracle(dtype: torch.dtype, monkeypatch
 
 
 @one_schedule
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_rows_of_a_block_in_every_dtype(emulated: EmulatedCurvatureOps, dtype: torch.dtype) -> None:
+    """Longer than a warp takes: 256 packs."""
+    size = 256 * 16 // dtype.itemsize + 5
+    cpu.close(
+        cross_entropy(emulated, size, rows=2, dtype=dtype),
+        cross_entropy(reference, size, rows=2, dtype=dtype),
+        dtype,
+    )
+    for op in cpu.ROW_ARGUMENTS:
+        got, want = (layer_norm(module, op, 3, size, 1, dtype=dtype) for module in (emulated, reference))
+        cpu.close(got, want, dtype)
+
+
+@one_schedule
 @pytest.mark.usefixtures("oracles")
 def test_layouts_stacks_and_missing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in cpu.ARGUMENTS:

@@ -260,11 +260,12 @@ def test_a_masked_weight_is_never_used(emulated: EmulatedSparse, by_entries: boo
 @pytest.mark.parametrize("samples", [1, 2, 3, 9, 16, 33, 129])
 def test_packed_products(samples: int) -> None:
     """Rows of no entry, of a part of a warp's, and of several rounds; every way that lanes share samples."""
-    weight, mask, x = test_products.factors(5, 700, samples, 0.5, torch.float32)
-    mask[1], mask[2, 3:] = False, False
-    weight = weight.masked_fill(~mask, math.nan)
-    got = ops.packed_linear(x, ops.pack_weight(weight, mask))
-    test_products.check_spmm(got.t(), weight.masked_fill(~mask, 0.0), mask, x.t())
+    for dtype in test_packed.DTYPES if samples <= 2 else [torch.float32]:
+        weight, mask, x = test_products.factors(5, 700, samples, 0.5, dtype)
+        mask[1], mask[2, 3:] = False, False
+        weight = weight.masked_fill(~mask, math.nan)
+        got = ops.packed_linear(x, ops.pack_weight(weight, mask))
+        test_products.check_spmm(got.t(), weight.masked_fill(~mask, 0.0), mask, x.t())
 
 
 @one_schedule
