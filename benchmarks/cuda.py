@@ -146,6 +146,63 @@ def _draws(shape: tuple[int, ...], device: torch.device, count: int) -> tuple[Te
     return tuple(torch.randn(shape, device=device) for _ in range(count))
 
 
+def list_cases(device: torch.device, small: bool) -> Iterator[Case]:
+    shapes = [(1, 7), (1, 3, 3)] if small else [(1, 512, 512, 3, 3)] * 4 + [(1, 512)] * 20
+    lists = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(4)]
+    alpha = torch.full((1,), 1e-3, dtype=torch.float64, device=device)
+
+    def foreach() -> Tensor:
+        x, r, p, ap = lists
+        torch._foreach_add_(x, p, alpha=1e-3)
+        torch._foreach_add_(r, ap, alpha=-1e-3)
+        return torch.stack(torch._foreach_norm(r)).square().sum()
+
+    count = sum(t.numel() for t in lists[0])
+    against = {OURS: partial(ops.cg_update_, *lists, alpha), EAGER: foreach}
+    yield streaming(f"cg_update_, {count} elements", 6, torch.empty(count, device=device), against)
+
+
+def sparse_cases(device: torch.device, small: bool) -> Iterator[Case]:
+    """Against dense products of a weight that was masked before, cuSPARSE and the sparse tensor cores."""
+    size, count = (64, 1000) if small else (2048, 11_200_000)
+    scores = torch.randn(count, device=device)
+    kept = count // 10
+
+    def torch_topk() -> Tensor:
+        mask = torch.zeros(count, dtype=torch.bool, device=device)
+        return mask.index_fill_(0, scores.topk(kept, sorted=False).indices, True)
+
+    against = {OURS: lambda: ops.topk_mask(scores, 0.1), EAGER: torch_topk}
+    yield Case(f"topk_mask, {count} scores", against, OURS)
+    for dtype, density in ((torch.float32, 0.1), (torch.float32, 0.02), (torch.bfloat16, 0.1)):
+        weight = torch.randn(size, size, device=device, dtype=dtype)
+        mask = ops.topk_mask(torch.rand(size, size, device=device), density)
+        dense, sparse, packed = weight * mask, ops.SparseMask(mask), ops.pack_weight(weight, mask)
+        for samples in (1, 16, 128, 2048):
+            x = torch.randn(samples, size, device=device, dtype=dtype)
+            forms: Rivals = {
+                OURS: partial(ops.masked_linear, x, weight, sparse),
+                "blokern, packed": partial(ops.packed_linear, x, packed),
+                EAGER: partial(torch.nn.functional.linear, x, dense),
+            }
+            if dtype == torch.float32:
+                forms["CSR (cuSPARSE)"] = partial(torch.mm, dense.to_sparse_csr(), x.t().contiguous())
+            yield Case(
+                f"masked_linear, {size}², {density:.0%}, {samples} samples, {str(dtype)[6:]}", forms, OURS
+            )
+    if device.type == "cuda":
+        weight = torch.randn(2 * size, 2 * size, device=device, dtype=torch.bfloat16)
+        masked = weight * ops.nm_mask(weight, 2, 4)
+        tensor_cores = torch.sparse.to_sparse_semi_structured(masked)
+        for samples in (16, 2048):
+            x = torch.randn(samples, 2 * size, device=device, dtype=torch.bfloat16)
+            forms = {
+                name: partial(torch.nn.functional.linear, x, w)
+                for name, w in ((OURS, tensor_cores), (EAGER, masked))
+            }
+            yield Case(f"2:4 by tensor cores, {2 * size}², {samples} samples", forms, OURS)
+
+
 def loop_cases(device: torch.device, small: bool) -> Iterator[Case]:
     """Ten steps of PGD: one launch by a graph, under autocast with channels_last too."""
     build, batch, steps = (models.small_cnn, 2, 2) if small else (models.resnet18, 128, 10)
@@ -169,6 +226,8 @@ def loop_cases(device: torch.device, small: bool) -> Iterator[Case]:
 def cases(device: torch.device, small: bool = False) -> Iterator[Case]:
     yield from attack_cases(device, small)
     yield from curvature_cases(device, small)
+    yield from list_cases(device, small)
+    yield from sparse_cases(device, small)
     yield from loop_cases(device, small)
 
 

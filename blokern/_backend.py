@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -46,8 +47,27 @@ def _load_cpu(core: ModuleType) -> str:
 def _load_cuda(core: ModuleType) -> bool:
     built: bool = core.cuda.startswith("yes")
     if built:
-        importlib.import_module("blokern._cuda")
+        try:
+            importlib.import_module("blokern._cuda")
+        except ImportError as error:
+            raise ImportError(
+                f"blokern was built with CUDA kernels ({core.cuda}), which cannot be loaded: {error}"
+            ) from error
     return built
+
+
+def _refuse_cuda(core: ModuleType) -> None:
+    """Lets every op say on CUDA tensors why there are no kernels for them."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise NotImplementedError(
+            f"blokern has no CUDA kernels ({core.cuda.removeprefix('no: ')}): build it again with FORCE_CUDA=1, "
+            "which says what is missing, or move the tensors to the CPU"
+        )
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("blokern::"):
+            torch.library.impl(name, "CUDA")(refuse)
 
 
 C: ModuleType = _load_core()
@@ -55,6 +75,8 @@ C: ModuleType = _load_core()
 CPU_CAPABILITY: str = _load_cpu(C)
 #: Whether the ops run on CUDA tensors.
 HAS_CUDA_KERNELS: bool = _load_cuda(C)
+if not HAS_CUDA_KERNELS and torch.version.cuda is not None:  # else there are no such tensors
+    _refuse_cuda(C)
 
 
 def build_info() -> dict[str, str]:

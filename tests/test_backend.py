@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -83,3 +84,39 @@ def test_build_info_is_complete() -> None:
     assert info["CPU kernels loaded"] in info["CPU kernels built"].split()
     assert info["CUDA kernels"].startswith(("yes", "no: "))
     assert all(info.values())
+
+
+def test_cuda_kernels_that_do_not_load_are_told() -> None:
+    core = types.SimpleNamespace(cuda="yes: CUDA 13.0, nvcc 13.0")
+    with pytest.raises(
+        ImportError, match=r"built with CUDA kernels \(yes: CUDA 13\.0, nvcc 13\.0\), which cannot"
+    ):
+        _backend._load_cuda(core)
+
+
+REFUSED = """
+import types, torch
+from blokern import _backend, ops
+_backend._refuse_cuda(types.SimpleNamespace(cuda="no: torch is built for CUDA 13.0, and there is no nvcc"))
+key, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(1, 2)
+for op, arguments in (
+    (torch.ops.blokern.mask_words.default, (x > 0,)),
+    (torch.ops.blokern.pgd_step_linf.per_sample, (x, x, x, x[0, :1].double(), x[0, :1].double(), 0.0, 1.0, None)),
+):
+    try:
+        op.redispatch(key, *arguments)
+    except NotImplementedError as error:
+        print(error)
+print(ops.pgd_step(x, x, x, 0.1, 0.1).tolist())
+"""
+
+
+def test_ops_say_why_there_are_no_cuda_kernels() -> None:
+    told = run(REFUSED)
+    assert told.returncode == 0, told.stderr
+    *errors, result = told.stdout.splitlines()
+    expected = (
+        "blokern has no CUDA kernels (torch is built for CUDA 13.0, and there is no nvcc): build it again"
+    )
+    assert [error.startswith(expected) for error in errors] == [True, True]
+    assert result == "[[0.0, 0.0]]"

@@ -34,6 +34,7 @@ def test_benchmarks_write_json_and_a_table(tmp_path: Path, capsys: pytest.Captur
         "activation_adjoint_tangent",
         "batch_norm_adjoint_tangent",
         "layer_norm_adjoint_tangent",
+        *("cg_update_", "topk_mask", "masked_linear"),
     } < kernels
     table = capsys.readouterr().out.split("| kernel |")[1]
     assert len(table.splitlines()) - 2 == len({row["case"] for row in told["rows"] if "copy" in row["rival"]})
@@ -44,7 +45,9 @@ def test_no_case_begins_after_its_time(capsys: pytest.CaptureFixture[str]) -> No
     assert "no time left for: pgd_step linf" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["softmax", "activation", "batch_norm", "layer_norm", "pgd_step l2"])
+@pytest.mark.parametrize(
+    "case", ["softmax", "activation", "batch_norm", "layer_norm", "pgd_step l2", "topk", "masked_linear"]
+)
 def test_rivals_compute_the_same(case: str) -> None:
     for found in cuda.cases(CPU, small=True):
         if found.name.startswith(case) and cuda.EAGER in found.rivals:

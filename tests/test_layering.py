@@ -97,3 +97,16 @@ def test_registrations_know_no_vectors() -> None:
     for path in registrations:
         assert "support/math.h" in included(path)
         assert "support/vec.h" not in included(path), path
+
+
+def test_cuda_work_is_queued_on_its_tensors_device() -> None:
+    """Kernels are told where to run by cuda_call.h alone, behind a device guard and on the current stream; and every
+    registration runs what it queues there, or asks the device under a guard of its own."""
+    told = (ROOT / "csrc" / "cuda_call.h").read_text()
+    assert re.search(
+        r"CUDAGuard guard\(like\.device\(\)\);.*run\(CudaCall\{.*getCurrentCUDAStream", told, re.DOTALL
+    )
+    for path in (ROOT / "csrc").rglob("register_*cuda.cpp"):
+        text = path.read_text()
+        assert not re.search(r"CudaCall\s*\{|CUDAStream", text), path
+        assert "on_device_of" in text or "torch_cuda.h" in text, path

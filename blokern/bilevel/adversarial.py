@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeAlias, TypedDict, TypeVar, get_args
+from typing import ClassVar, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blokern import ops
-from blokern._names import unknown_name
 from blokern.attack import eval_mode, frozen_parameters
 from blokern.attack.checks import check_box
-from blokern.bilevel.settings import check_numbers
+from blokern.bilevel.settings import Precision, autocast, check_numbers, check_precision
 from blokern.bilevel.step import StepResult, check_batch, check_types
 from blokern.curvature import Linearization, LossFn, linearize
 from blokern.distributed import Processes
@@ -46,10 +45,6 @@ __all__ = [
     "cross_entropy_sum",
 ]
 
-#: "fp32": in the model's own dtype; "bf16": forwards under bfloat16 autocast, weights and images stay
-#: float32.
-Precision: TypeAlias = Literal["fp32", "bf16"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlainSettings:
@@ -66,8 +61,7 @@ class PlainSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.precision not in get_args(Precision):
-            raise unknown_name("precision", self.precision, get_args(Precision))
+        check_precision(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +229,7 @@ class Rule(ABC, Generic[SettingsT]):
         return _at_least_float32(logits)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
-        # Without the weight cache: inside a caller's own autocast it would outlive this step and hand the next
-        # one the old weights; and a net uses each weight once a forward, so it would save nothing.
-        enabled = self.settings.precision == "bf16"
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        return autocast(self.settings.precision, x)
 
 
 class Box(TypedDict):

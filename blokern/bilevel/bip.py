@@ -17,7 +17,7 @@ from blokern import ops
 from blokern._names import unknown_name
 from blokern.bilevel.implicit import MaskedLayer, ModelLoss, Solver, dense_grad, implicit_gradient
 from blokern.bilevel.masking import PruningSettings, prunable, select
-from blokern.bilevel.settings import check_numbers
+from blokern.bilevel.settings import Precision, autocast, check_numbers, check_precision
 from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
 from blokern.curvature import cg_solve, neumann_solve
 from blokern.distributed import Processes
@@ -46,6 +46,7 @@ class BiPSettings(PruningSettings):
             "neumann" by a series that wants implicit_scale below 2 / (γ + H's largest eigenvalue).
         implicit_steps: products with H a step, at most.
         implicit_scale: of the series.
+        precision: fp32, or bf16 for forwards under bfloat16 autocast.
     """
 
     mode: Mode = "paper"
@@ -56,10 +57,12 @@ class BiPSettings(PruningSettings):
     implicit: Implicit = "bilinear"
     implicit_steps: int = 10
     implicit_scale: float = 0.1
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self)
+        check_precision(self.precision)
         if self.mode not in get_args(Mode):
             raise unknown_name("mode", self.mode, get_args(Mode))
         if self.implicit not in get_args(Implicit):
@@ -173,7 +176,7 @@ class BiP:
             check_batch(*batch, of=f"{name} ")
         with torch.autocast(lower[0].device.type, enabled=False):
             self.optimizer.zero_grad(set_to_none=True)
-            loss, logits = self.loss_fn(self.model, lower[0].detach(), lower[1])
+            loss, logits = self._loss(self.model, lower[0].detach(), lower[1])
             torch.autograd.backward(loss)
             self.processes.average_gradients(self.model)
             self.optimizer.step()
@@ -203,6 +206,11 @@ class BiP:
             for name, tensor in tensors.items():
                 tensor.copy_(state[part][name])
 
+    def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.settings.precision, x):
+            loss, logits = self.loss_fn(model, x, y)
+        return loss, logits if logits.dtype == torch.float64 else logits.float()
+
     def _layers(self) -> list[MaskedLayer]:
         return [self.model.get_submodule(name.rpartition(".")[0]) for name in self._names]  # type: ignore[misc]
 
@@ -210,7 +218,7 @@ class BiP:
         """The loss and g = ∇_w ℓ of each layer."""
         layers = self._layers()
         with dense_grad(layers):
-            loss, _ = self.loss_fn(self.model, x, y)
+            loss, _ = self._loss(self.model, x, y)
             weights = [layer.weight for layer in layers]
             grads = [*torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)]
         self.processes.average_([*grads, *running_statistics(self.model)])
@@ -235,7 +243,7 @@ class BiP:
         by_name = dict(zip(self._names, grads, strict=True))
         along, residual = implicit_gradient(
             self.model,
-            self.loss_fn,
+            self._loss,
             upper,
             by_name,
             gamma=settings.implicit_gamma,

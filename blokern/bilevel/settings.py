@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-__all__ = ["check_numbers"]
+import torch
+from torch import Tensor
+
+from blokern._names import unknown_name
+
+__all__ = ["Precision", "autocast", "check_numbers", "check_precision"]
+
+#: "fp32": in the model's own dtype; "bf16": forwards under bfloat16 autocast, weights and images stay
+#: float32.
+Precision: TypeAlias = Literal["fp32", "bf16"]
 
 # Test, and test in words.
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -38,3 +47,16 @@ def check_numbers(settings: Any) -> None:
                 raise TypeError(f"{name} must be {expected}, got {value!r}")
             if not allowed(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_precision(precision: object) -> None:
+    """Raises ValueError for another name."""
+    if precision not in get_args(Precision):
+        raise unknown_name("precision", precision, get_args(Precision))
+
+
+def autocast(precision: Precision, x: Tensor) -> torch.autocast:
+    """Of a forward pass at x, whatever autocast surrounds it."""
+    # Without the weight cache: inside a caller's own autocast it would outlive this step and hand the next one the old
+    # weights; and a net uses each weight once a forward, so it would save nothing.
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)

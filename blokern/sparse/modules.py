@@ -52,11 +52,22 @@ class _Masked(nn.Module):
         return mask
 
 
+def under_autocast(x: Tensor, *parameters: Tensor | None) -> Any:
+    """The factors of a layer, in the dtype that its nn twin computes in under the caller's autocast: bfloat16; float32
+    where that is float16, which has no kernels. float64 stays."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *parameters
+    wanted = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.float32 if wanted == torch.float16 else wanted
+    return (*(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters)),)
+
+
 class MaskedLinear(_Masked, nn.Linear):
     """nn.Linear that computes with the kept entries of its weight only, forward and backward.
 
     Arguments of nn.Linear, and mask: bool or SparseMask [out, in]; None keeps all. The state_dict has one key more,
-    mask_words. Raises ValueError or TypeError for a mask that does not fit.
+    mask_words. Under autocast it computes in bfloat16 (under float16's, in float32). Raises ValueError or TypeError for
+    a mask that does not fit.
 
     >>> layer = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.1)
     >>> layer(torch.randn(2, 8)).shape
@@ -68,7 +79,8 @@ class MaskedLinear(_Masked, nn.Linear):
         self._take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.masked_linear(input, self.weight, self.mask, self.bias, dense_grad=self.dense_grad)
+        x, weight, bias = under_autocast(input, self.weight, self.bias)
+        return ops.masked_linear(x, weight, self.mask, bias, dense_grad=self.dense_grad)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -86,8 +98,9 @@ class MaskedConv2d(_Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
+        x, weight, bias = under_autocast(input, self.weight, self.bias)
         return ops.masked_conv2d(
-            *(input, self.weight, self.mask, self.bias),
+            *(x, weight, self.mask, bias),
             *how,  # type: ignore[arg-type]
             dense_grad=self.dense_grad,
         )

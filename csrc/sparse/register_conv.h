@@ -53,6 +53,13 @@ inline void check_weight_gradient(const Tensor& grad, const Tensor& x, const Siz
   check_factor(grad, "grad", x, "x");
 }
 
+inline void check_plan(const Tensor& like, at::TensorList streams, at::TensorList streams_t,
+                       const Tensor& words) {
+  check_mask_device(like, words);
+  for (const Tensor& part : streams) check_mask_device(like, part);
+  for (const Tensor& part : streams_t) check_mask_device(like, part);
+}
+
 // A convolution as torch takes it, for masks that keep so much that the dense product is faster.
 struct DenseConv {
   at::IntArrayRef stride, before, dilation;

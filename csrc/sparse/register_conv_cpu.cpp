@@ -245,10 +245,11 @@ bool dense_pays(Product product, const Tensor& weight, int64_t kept, const Tenso
 }
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     at::TensorList streams, at::TensorList, at::IntArrayRef geometry, at::IntArrayRef,
-                     at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
+                     at::TensorList streams, at::TensorList streams_t, at::IntArrayRef geometry,
+                     at::IntArrayRef, at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
   check_convolution(x, weight, bias, g);
+  check_plan(x, streams, streams_t, words);
   if (dense_pays(Product::kOutput, weight, streams[1].numel(), x, numbers)) {
     const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
@@ -256,19 +257,20 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
   return correlate(x, weight, bias, streams, g, weight[0].numel(), is_pointwise(weight.sizes(), numbers));
 }
 
-Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList streams,
-                           at::IntArrayRef, at::IntArrayRef geometry, at::IntArrayRef numbers,
-                           const Tensor& words, bool /*dense_grad*/) {
+Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList streams,
+                           at::TensorList streams_t, at::IntArrayRef, at::IntArrayRef geometry,
+                           at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
   check_images(grad, "grad", g.tiling.channels);
   check_weight(weight, grad);
+  check_plan(grad, streams, streams_t, words);
   int64_t kept = 0;
-  for (size_t i = 0; i < g.pieces(); ++i) kept += streams[3 * i + 1].numel();
+  for (size_t i = 0; i < g.pieces(); ++i) kept += streams_t[3 * i + 1].numel();
   if (dense_pays(Product::kByInput, weight, kept, grad, numbers)) {
     const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).by_input(grad, size, masked_weight(weight, words)), grad);
   }
-  return correlate(grad, weight, {}, streams, g, weight.numel() / g.rows,
+  return correlate(grad, weight, {}, streams_t, g, weight.numel() / g.rows,
                    is_pointwise(weight.sizes(), numbers));
 }
 
@@ -389,11 +391,12 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
   return product;
 }
 
-Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams, at::TensorList,
-                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef numbers,
-                            const Tensor& words, at::IntArrayRef weight_shape) {
+Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams,
+                            at::TensorList streams_t, at::IntArrayRef geometry, at::IntArrayRef,
+                            at::IntArrayRef numbers, const Tensor& words, at::IntArrayRef weight_shape) {
   const Geometry g(geometry);
   check_weight_gradient(grad, x, g);
+  check_plan(x, streams, streams_t, words);
   Tensor product = at::empty(weight_shape, x.options());
   if (x.size(0) == 0) return product.zero_();
   if (dense_pays(Product::kByWeight, product, streams[1].numel(), x, numbers))

@@ -18,21 +18,23 @@ Tensor laid_out_like(const Tensor& x, const Tensor& y) {
   return channels_last ? y.contiguous(at::MemoryFormat::ChannelsLast) : laid_out(y, x);
 }
 
-Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::TensorList,
-                     at::TensorList, at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef numbers,
-                     const Tensor& words, bool /*dense_grad*/) {
+Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     at::TensorList streams, at::TensorList streams_t, at::IntArrayRef geometry,
+                     at::IntArrayRef, at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Sizes g(geometry);
   check_convolution(x, weight, bias, g);
+  check_plan(x, streams, streams_t, words);
   const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
   return laid_out_like(x, DenseConv(numbers).forward(x, out, masked_weight<Cuda>(weight, words), bias));
 }
 
-Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList, at::TensorList,
-                           at::IntArrayRef, at::IntArrayRef geometry, at::IntArrayRef numbers,
-                           const Tensor& words, bool /*dense_grad*/) {
+Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList streams,
+                           at::TensorList streams_t, at::IntArrayRef, at::IntArrayRef geometry,
+                           at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Sizes g(geometry);
   check_images(grad, "grad", g.channels);
   check_weight(weight, grad);
+  check_plan(grad, streams, streams_t, words);
   const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
   return laid_out_like(grad, DenseConv(numbers).by_input(grad, size, masked_weight<Cuda>(weight, words)));
 }
@@ -44,12 +46,12 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
   return DenseConv(numbers).by_weight(grad, x, weight_shape).contiguous();
 }
 
-Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList, at::TensorList,
-                            at::IntArrayRef geometry, at::IntArrayRef, at::IntArrayRef numbers,
-                            const Tensor& words, at::IntArrayRef weight_shape) {
+Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList streams,
+                            at::TensorList streams_t, at::IntArrayRef geometry, at::IntArrayRef,
+                            at::IntArrayRef numbers, const Tensor& words, at::IntArrayRef weight_shape) {
+  check_plan(x, streams, streams_t, words);
   Tensor product = conv2d_weight(grad, x, geometry, weight_shape, numbers);
   if (product.numel() == 0) return product;
-  checks::same_device(words, "the mask", x, "x");
   const MaskWords mask = words_of(words, product.numel() / product.size(0));
   dispatch(x.scalar_type(), [&]<class T>() {
     Cuda::run(x, 0, 0,

@@ -44,8 +44,9 @@ inline at::ScalarType sum_type(at::ScalarType type) { return type == at::kDouble
 
 // Of a weight [rows, ...] that is packed: one value an entry.
 inline void check_packed(const Tensor& values, const Tensor& x, const OptionalTensor& bias,
-                         const Tensor& column, int64_t rows) {
+                         const Tensor& start, const Tensor& column, int64_t rows) {
   check_matrix(x, "x");
+  check_mask_device(x, start, column);
   if (bias.has_value()) {
     check_factor(*bias, "bias", x, "x");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, "bias must have shape [", rows, "], got ",

@@ -89,6 +89,7 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
                const OptionalTensor& start_t, const OptionalTensor& column_t, int64_t block_t,
                const OptionalTensor& words_t, bool /*dense_grad*/) {
   check_spmm(weight, x, bias);
+  check_mask_device(weight, start, column, words, start_t, column_t, words_t);
   const int64_t rows = weight.size(0), cols = weight.size(1), samples = x.size(1);
   const Stream stream = stream_of(start, column, rows, cols, block);
   Tensor y = empty_product(rows, x);
@@ -129,6 +130,7 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
 // The kept weights, in the stream's order.
 Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
   check_matrix(weight, "weight");
+  check_mask_device(weight, start, column);
   const Stream stream = stream_of(start, column, weight.size(0), weight.size(1), block);
   const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
   dispatch(weight.scalar_type(), [&]<class T>() {
@@ -141,7 +143,7 @@ Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor&
 
 Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
                       const Tensor& column, int64_t block, int64_t rows) {
-  check_packed(values, x, bias, column, rows);
+  check_packed(values, x, bias, start, column, rows);
   const int64_t cols = x.size(0), samples = x.size(1);
   const Stream stream = stream_of(start, column, rows, cols, block);
   Tensor y = empty_product(rows, x);
@@ -160,9 +162,10 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
 }
 
 Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor& column, int64_t block,
-                const OptionalTensor& words, const OptionalTensor& /*start_t*/,
-                const OptionalTensor& /*column_t*/, int64_t /*block_t*/, const OptionalTensor& /*words_t*/) {
+                const OptionalTensor& words, const OptionalTensor& start_t, const OptionalTensor& column_t,
+                int64_t /*block_t*/, const OptionalTensor& words_t) {
   check_sddmm(a, b);
+  check_mask_device(a, start, column, words, start_t, column_t, words_t);
   const int64_t rows = a.size(0), cols = b.size(0), samples = a.size(1);
   const Stream stream = stream_of(start, column, rows, cols, block);
   Tensor product = at::empty({rows, cols}, a.options());

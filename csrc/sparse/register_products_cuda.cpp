@@ -29,22 +29,8 @@ bool entries_pay(const Tensor& start, const Tensor& column, const Tensor& weight
   return static_cast<double>(column.numel()) <= (tf32 ? 0.01 : 0.04) * static_cast<double>(weight.numel());
 }
 
-Stream checked_stream(const Tensor& start, const Tensor& column, const Tensor& like, int64_t rows,
-                      int64_t cols, int64_t block) {
-  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
-                   "start and column must be int32, got ", start.scalar_type(), " and ",
-                   column.scalar_type());
-  checks::same_device(start, "the mask's stream", like, "the factors");
-  checks::same_device(column, "the mask's stream", like, "the factors");
-  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1,
-                    "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
-  return stream;
-}
-
-const Tensor& checked_words(const OptionalTensor& words, const Tensor& like) {
+const Tensor& given(const OptionalTensor& words) {
   TORCH_CHECK_VALUE(words.has_value(), "words must be given on CUDA");
-  checks::same_device(*words, "the mask", like, "the factors");
   return *words;
 }
 
@@ -85,11 +71,12 @@ Tensor by_entries(const Stream& stream, const Tensor& weight, const Tensor& x, c
 }
 
 Tensor spmm(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
-            const Tensor& column, int64_t block, const OptionalTensor& words,
-            const OptionalTensor& /*start_t*/, const OptionalTensor& /*column_t*/, int64_t /*block_t*/,
-            const OptionalTensor& words_t, bool /*dense_grad*/) {
+            const Tensor& column, int64_t block, const OptionalTensor& words, const OptionalTensor& start_t,
+            const OptionalTensor& column_t, int64_t /*block_t*/, const OptionalTensor& words_t,
+            bool /*dense_grad*/) {
   check_spmm(weight, x, bias);
-  const Tensor& mask = checked_words(words, weight);
+  check_mask_device(weight, start, column, words, start_t, column_t, words_t);
+  const Tensor& mask = given(words);
   const int64_t rows = weight.size(0), cols = weight.size(1), samples = x.size(1);
   if (rows == 0 || samples == 0) return empty_product(rows, x);
   if (cols == 0) {
@@ -99,23 +86,24 @@ Tensor spmm(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, c
   const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
   if (samples <= kFewSamples && weight.stride(1) == 1) return few_samples(weight, mask, x, offsets);
   if (entries_pay(start, column, weight))
-    return by_entries(checked_stream(start, column, weight, rows, cols, block), weight, x, offsets);
+    return by_entries(checked_stream(start, column, rows, cols, block), weight, x, offsets);
   if (words_t.has_value() && weight.stride(0) == 1)
     return dense_spmm(masked_weight<Cuda>(weight.t(), *words_t).t(), x, bias);
   return dense_spmm(masked_weight<Cuda>(weight, mask), x, bias);
 }
 
 Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor& column, int64_t block,
-             const OptionalTensor& words, const OptionalTensor& /*start_t*/,
-             const OptionalTensor& /*column_t*/, int64_t /*block_t*/, const OptionalTensor& /*words_t*/) {
+             const OptionalTensor& words, const OptionalTensor& start_t, const OptionalTensor& column_t,
+             int64_t /*block_t*/, const OptionalTensor& words_t) {
   check_sddmm(a, b);
+  check_mask_device(a, start, column, words, start_t, column_t, words_t);
   const int64_t rows = a.size(0), cols = b.size(0), samples = a.size(1);
-  const Tensor& bits = checked_words(words, a);
+  const Tensor& bits = given(words);
   const MaskWords mask = words_of(bits, cols);
   Tensor product = at::empty({rows, cols}, a.options());
   if (samples == 0 || product.numel() == 0) return product.zero_();
   if (entries_pay(start, column, product)) {
-    const Stream stream = checked_stream(start, column, a, rows, cols, block);
+    const Stream stream = checked_stream(start, column, rows, cols, block);
     const Tensor a_rows = a.contiguous(), b_rows = b.contiguous();
     product.zero_();
     dispatch_entries(a.scalar_type(), [&]<class T>() {
@@ -139,7 +127,8 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor
 // The kept weights, in the stream's order.
 Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
   check_matrix(weight, "weight");
-  const Stream stream = checked_stream(start, column, weight, weight.size(0), weight.size(1), block);
+  check_mask_device(weight, start, column);
+  const Stream stream = checked_stream(start, column, weight.size(0), weight.size(1), block);
   const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
   dispatch(weight.scalar_type(), [&]<class T>() {
     Cuda::run(weight, 0, 0, [&](const CudaCall& call) {
@@ -162,12 +151,12 @@ bool packed_pays(const Stream& stream, int64_t entries, const Tensor& x) {
 
 Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTensor& bias, const Tensor& start,
                       const Tensor& column, int64_t block, int64_t rows) {
-  check_packed(values, x, bias, column, rows);
+  check_packed(values, x, bias, start, column, rows);
   const int64_t cols = x.size(0), samples = x.size(1);
   Tensor y = empty_product(rows, x);
   if (y.numel() == 0) return y;
   if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
-  const Stream stream = checked_stream(start, column, x, rows, cols, block);
+  const Stream stream = checked_stream(start, column, rows, cols, block);
   const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
   if (!packed_pays(stream, column.numel(), x)) {
     const Tensor weight = at::zeros({rows, cols}, x.options());

@@ -44,12 +44,8 @@ inline bool may_be_dense(const Tensor& weight, int64_t positions) {
 
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
-  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
-                   "start and column must be int32, got ", start.scalar_type(), " and ",
-                   column.scalar_type());
-  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1 &&
-                        stream.start[stream.blocks() * rows] == column.numel(),
+  const Stream stream = checked_stream(start, column, rows, cols, block);
+  TORCH_CHECK_VALUE(stream.start[stream.blocks() * rows] == column.numel(),
                     "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
   return stream;
 }

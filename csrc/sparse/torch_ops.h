@@ -10,6 +10,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "checks.h"
 #include "sparse/stream.h"
@@ -45,6 +46,30 @@ inline MaskWords words_of(const Tensor& words, int64_t cols) {
                     words.sizes());
   // The kernels that only read take the same struct.
   return {words.size(0), cols, static_cast<uint64_t*>(const_cast<void*>(words.const_data_ptr()))};
+}
+
+// What a mask is handed over as lies where the factors do; a part may be missing.
+template <class... Parts>
+void check_mask_device(const Tensor& like, const Parts&... parts) {
+  const auto check = [&](const auto& part) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(part)>, Tensor>)
+      checks::same_device(part, "the mask", like, "the factors");
+    else if (part.has_value())
+      checks::same_device(*part, "the mask", like, "the factors");
+  };
+  (check(parts), ...);
+}
+
+// Nothing is read but sizes: the entries may lie on a device.
+inline Stream checked_stream(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
+                             int64_t block) {
+  TORCH_CHECK_TYPE(start.scalar_type() == at::kInt && column.scalar_type() == at::kInt,
+                   "start and column must be int32, got ", start.scalar_type(), " and ",
+                   column.scalar_type());
+  const Stream stream{rows, cols, block, start.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>()};
+  TORCH_CHECK_VALUE(block > 0 && start.numel() == stream.blocks() * rows + 1,
+                    "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
+  return stream;
 }
 
 // weight ⊙ mask, contiguous, of a weight [rows, ...].

@@ -499,3 +499,32 @@ def test_scores_that_are_no_longer_finite_stop_the_run(value: float) -> None:
     with pytest.raises(ValueError, match=r"scores of '3\.weight' must be finite"):
         rule.step(batch(0), batch(1))
     assert all(torch.equal(mask, masks[name]) for name, mask in kept(rule).items())
+
+
+# ---- Mixed precision
+
+
+@pytest.mark.parametrize("implicit", ["bilinear", "cg"])
+def test_bfloat16_agrees_with_float32(implicit: str) -> None:
+    """Weights, scores and results stay float32; an autocast around the step changes nothing."""
+    batches = batch(1, torch.float32, n=32), batch(2, torch.float32, n=32)
+    moves, results = {}, {}
+    for name, precision, surrounded in (
+        ("fp32", "fp32", True),
+        ("bf16", "bf16", False),
+        ("in", "bf16", True),
+    ):
+        rule = bip(conv_net(dtype=torch.float32), precision=precision, implicit=implicit)
+        before = [t.detach().clone() for t in (*rule.model.parameters(), *rule.scores.values())]
+        with torch.autocast("cpu", torch.bfloat16, enabled=surrounded):
+            results[name] = rule.step(*batches)
+        after = [*rule.model.parameters(), *rule.scores.values()]
+        assert {t.dtype for t in after} == {torch.float32}
+        moves[name] = torch.cat([(a - b).detach().flatten() for a, b in zip(after, before, strict=True)])
+    for result in results.values():
+        assert result.loss.dtype == result.logits.dtype == torch.float32
+    assert torch.equal(moves["in"], moves["bf16"])
+    assert not torch.equal(moves["bf16"], moves["fp32"])
+    assert F.cosine_similarity(moves["bf16"], moves["fp32"], dim=0) > 0.98
+    with pytest.raises(ValueError, match="precision must be one of 'fp32', 'bf16', got 'fp16'"):
+        BiPSettings(density=0.3, precision="fp16")

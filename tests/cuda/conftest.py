@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for family in ("attack", "curvature"):
+for family in ("attack", "sparse", "curvature"):
     sys.path.insert(0, str(Path(__file__).parent.parent / family))
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,31 +13,34 @@ from blokern import ops
 
 
 class OnDevice:
-    """Arguments go to the device in their layout, results and what is written in place come back. The host never waits
-    for the device in between: where that is CUDA, an op that does so raises."""
+    """Arguments go to the device in their layout, those in lists too, results and what is written in place come back.
+    The host never waits for the device in between: where that is CUDA, an op that does so raises, unless it `waits`."""
 
     curvature = ops.curvature
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, waits: bool = False) -> None:
+        self.device, self.waits = device, waits
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(ops, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            moved: list[tuple[Tensor, Tensor]] = []
+            moved: dict[int, tuple[Tensor, Tensor]] = {}
 
             def there(value: Any) -> Any:
+                if isinstance(value, ops.SparseMask):
+                    return ops.SparseMask.of_words(value.words.to(self.device), value.shape)
                 if not isinstance(value, Tensor):
                     return value
-                moved.append((value, moved_to(value, self.device)))
-                return moved[-1][1]
+                if id(value) not in moved:
+                    moved[id(value)] = value, moved_to(value, self.device)
+                return moved[id(value)][1]
 
-            args = tuple(there(value) for value in args)
-            kwargs = {key: there(value) for key, value in kwargs.items()}
-            result = asynchronous(self.device, lambda: op(*args, **kwargs))
+            args, kwargs = torch.utils._pytree.tree_map(there, (args, kwargs))
+            run = partial(op, *args, **kwargs)
+            result = run() if self.waits else asynchronous(self.device, run)
             if name.endswith("_"):
-                for here, at in moved:
+                for here, at in moved.values():
                     here.copy_(at)
             return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, result)
 

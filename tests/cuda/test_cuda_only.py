@@ -88,6 +88,20 @@ def test_steps_in_place_are_captured(cuda: torch.device) -> None:
         assert torch.equal(static, want)
 
 
+def test_sums_of_lists_and_products_are_captured(cuda: torch.device) -> None:
+    stacks = [torch.randn(3, 5000), torch.randn(3, 7)]
+    check_capture(cuda, lambda module: module.multi_tensor_dot(stacks, stacks))
+    weight, mask, x = (
+        torch.randn(40, 300, device=cuda),
+        torch.rand(40, 300, device=cuda) < 0.02,
+        torch.randn(33, 300),
+    )
+    packed, sparse = ops.pack_weight(weight, mask), ops.SparseMask(mask)
+    check_capture(cuda, lambda module: module.packed_linear(x, packed))
+    for samples in (3, 33):
+        check_capture(cuda, lambda module, n=samples: module.masked_linear(x[:n], weight, sparse))
+
+
 def test_tensors_of_two_devices_are_refused(cuda: torch.device) -> None:
     x_adv, x, grad = images((3, 2, 5))
     for mixed in ((x_adv.to(cuda), x, grad), (x_adv.to(cuda), x.to(cuda), grad)):
@@ -213,3 +227,27 @@ def test_every_attack_kernel_once(cuda: torch.device) -> None:
             calls(there, norm)[op](*images(shape))
     for norm in NORMS:
         there.random_start(images((2, 3, 50, 61))[1], SIZES[norm][0], norm=norm)
+
+
+def test_every_sparse_kernel_once(cuda: torch.device) -> None:
+    """The same of the sparse family and of lists of tensors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, x = (
+            torch.randn(70, 300, device=cuda, dtype=dtype),
+            torch.randn(40, 300, device=cuda, dtype=dtype),
+        )
+        for density in (0.02, 0.6):
+            mask = ops.SparseMask(torch.rand(70, 300, device=cuda) < density)
+            mask.to_dense(), mask.stream(transposed=True), ops.sddmm(weight[:, :40], x.t().contiguous(), mask)
+            packed = ops.pack_weight(weight, mask)
+            for samples in (1, 3, 16, 40):
+                ops.masked_linear(x[:samples], weight, mask)
+                ops.packed_linear(x[:samples], packed)
+        ops.topk_mask([weight, x], 0.3), ops.nm_mask(weight, 2, 4), ops.nm_mask(weight, 2, 5)
+    layers, stacks = [torch.randn(5, 9, device=cuda)], [torch.randn(2, 5000, device=cuda) for _ in range(4)]
+    ops.masked_sgd_step_(
+        layers, [layers[0].clone()], [torch.ones(5, 9, dtype=torch.bool, device=cuda)], lr=0.1
+    )
+    ones = torch.ones(2, dtype=torch.float64, device=cuda)
+    ops.multi_tensor_axpby_(stacks[:1], stacks[1:2], ones, ones)
+    ops.cg_update_(*([t] for t in stacks), ones)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import test_curvature_ops
+import test_multi_tensor
 import test_ops
 import torch
 from kernel_cases import PLAIN
@@ -26,6 +27,7 @@ def there(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> OnDevice:
     found = OnDevice(device)
     monkeypatch.setattr(test_ops, "ops", found)
     monkeypatch.setattr(test_curvature_ops, "ops", found)
+    monkeypatch.setattr(test_multi_tensor, "ops", found)
     return found
 
 
@@ -106,6 +108,19 @@ def test_curvature_ops_of_unusual_numbers() -> None:
 def test_the_same_bits_every_time(there: OnDevice, case: str) -> None:
     first, second = (PLAIN[case](there) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("there")
+def test_lists_of_tensors() -> None:
+    for dtype in test_multi_tensor.DTYPES:
+        for columns in (0, 1, 3):
+            test_multi_tensor.test_over_dtypes_and_sizes(dtype, columns)
+    for layout in test_multi_tensor.LAYOUTS:
+        test_multi_tensor.test_over_layouts(layout, ("x", "ap"))
+    test_multi_tensor.test_a_list_may_have_several_dtypes()
+    test_multi_tensor.test_a_coefficient_of_zero_reads_nothing()
+    test_multi_tensor.test_what_is_not_finite_stays_in_its_column()
+    test_multi_tensor.test_a_neumann_step_has_the_residual_for_direction()
 
 
 class Net(nn.Module):

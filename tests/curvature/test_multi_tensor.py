@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from instruction_sets import check_everywhere
 from threads import check_threads
 from torch import Tensor
@@ -104,29 +102,6 @@ def test_a_list_may_have_several_dtypes() -> None:
     found, expected = run(ops, on, a, b), run(reference, exact, a, b)
     assert [t.dtype for t in found[:2]] == [torch.float64, torch.float32]
     torch.testing.assert_close([t.double() for t in found], [*expected], rtol=1e-5, atol=1e-5)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    columns=st.integers(1, 4),
-    shapes=st.lists(st.lists(st.integers(0, 70), max_size=2).map(tuple), min_size=1, max_size=4),
-    seed=st.integers(0, 1000),
-)
-def test_a_column_does_not_depend_on_the_others(
-    columns: int, shapes: list[tuple[int, ...]], seed: int
-) -> None:
-    on, (a, b) = lists(columns, torch.float32, shapes, seed), coefficients(columns)
-    each = [
-        run(
-            ops,
-            {name: [t[k : k + 1].clone() for t in tensors] for name, tensors in on.items()},
-            a[k : k + 1],
-            b[k : k + 1],
-        )
-        for k in range(columns)
-    ]
-    for whole, *parts in zip(run(ops, on, a, b), *each, strict=True):
-        assert torch.equal(whole, torch.cat(parts))
 
 
 def test_a_coefficient_of_zero_reads_nothing() -> None:

@@ -92,20 +92,23 @@ def main() -> None:
     disassembler = find("nvdisasm")
     FOLDER.mkdir(parents=True, exist_ok=True)
     jobs = [(source, arch) for source in sorted((ROOT / "csrc").rglob("*.cu")) for arch in ARCHITECTURES]
+
+    def checked(job: tuple[Path, str]) -> tuple[str, list[str]]:
+        cubin, told = compiled(nvcc, *job)
+        return told, [] if disassembler is None else without_wide_accesses(disassembler, cubin)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: compiled(nvcc, *job), jobs))
+        results = list(pool.map(checked, jobs))
     table: dict[str, dict[str, int]] = {}
     faults, count = [], 0
-    for (_, arch), (cubin, told) in zip(jobs, results, strict=True):
+    for (_, arch), (told, lacking) in zip(jobs, results, strict=True):
         found = kernels(told)
         count += len(found)
         for name, (registers, stack, spills) in zip(readable([*found]), found.values(), strict=True):
             table.setdefault(name, {})[arch] = registers
             if stack or spills:
                 faults.append(f"{name}, {arch}: {stack} bytes of stack, {spills} of spills")
-        if disassembler is not None:
-            lacking = without_wide_accesses(disassembler, cubin)
-            faults += [f"{name}, {arch}: no 128-bit loads or stores" for name in readable(lacking) if lacking]
+        faults += [f"{name}, {arch}: no 128-bit loads or stores" for name in lacking and readable(lacking)]
     width = max(map(len, table))
     print(f"{'registers':{width}}{''.join(f'{arch:>8}' for arch in ARCHITECTURES)}")
     for name, by_arch in sorted(table.items()):

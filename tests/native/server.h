@@ -3,12 +3,18 @@
 // lies beyond.
 #pragma once
 
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -36,7 +42,41 @@ struct Free {
   void operator()(char* bytes) const { std::free(bytes); }
 };
 
+// Addresses of which only those that are touched have memory, zeros at first; nothing can be read or written
+// beyond.
+class Range {
+ public:
+  explicit Range(size_t bytes) : size_((bytes + kPage - 1) / kPage * kPage) {
+    void* const memory = mmap(nullptr, size_ + kPage, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::perror("mmap"), std::abort();
+    begin_ = static_cast<char*>(memory);
+    data_ = begin_ + (size_ - bytes) / 256 * 256;
+    mprotect(begin_ + size_, kPage, PROT_NONE);
+    slack_ = size_ - (data_ - begin_) - bytes;
+    __asan_poison_memory_region(begin_ + size_ - slack_, slack_);
+  }
+  ~Range() {
+    if (begin_ == nullptr) return;
+    __asan_unpoison_memory_region(begin_ + size_ - slack_, slack_);
+    munmap(begin_, size_ + kPage);
+  }
+  Range(Range&& other) noexcept
+      : size_(other.size_),
+        slack_(other.slack_),
+        begin_(std::exchange(other.begin_, nullptr)),
+        data_(other.data_) {}
+
+  char* data() const { return data_; }
+
+ private:
+  static constexpr size_t kPage = 4096;
+  size_t size_, slack_;
+  char *begin_, *data_;
+};
+
 // A tensor, of rows perhaps, which begins `offset` bytes past a 256-byte boundary, as CUDA's allocations lie.
+// Of a vast one, what comes and goes is windows: parts of it.
 class Tensor {
  public:
   Tensor() = default;
@@ -45,29 +85,48 @@ class Tensor {
     t.name = read_text();
     t.offset_ = read<uint64_t>();
     t.stride = read<int64_t>();
-    t.bytes_ = read<uint64_t>();
-    // Ends with its last byte: what aligned_alloc rounds up is not the tensor's.
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 256, t.offset_ + t.bytes_ + 1) != 0) std::abort();
-    t.memory_.reset(static_cast<char*>(memory));
-    read(t.data(), t.bytes_);
+    const auto bytes = read<uint64_t>();
+    const auto windows = read<uint32_t>();
+    if (windows == 0) {
+      // Ends with its last byte: what aligned_alloc rounds up is not the tensor's.
+      void* memory = nullptr;
+      if (posix_memalign(&memory, 256, t.offset_ + bytes + 1) != 0) std::abort();
+      t.memory_.reset(static_cast<char*>(memory));
+      t.windows_ = {{0, bytes}};
+    } else {
+      t.range_.emplace(bytes);
+    }
+    for (uint32_t i = 0; i < windows; ++i) {
+      const auto at = read<uint64_t>();
+      t.windows_.push_back({at, read<uint64_t>()});
+    }
+    for (const Window& w : t.windows_) read(t.data() + w.at, w.bytes);
     return t;
   }
-  void send() const { std::fwrite(data(), 1, bytes_, stdout); }
+  void send() const {
+    for (const Window& w : windows_) std::fwrite(data() + w.at, 1, w.bytes, stdout);
+  }
 
   // Null where the call has no such tensor.
   template <class T>
   T* values() const {
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(data());
+    return is_there() ? reinterpret_cast<T*>(data()) : nullptr;
   }
+  bool is_vast() const { return range_.has_value(); }
 
   std::string name;
   int64_t stride = 0;
 
  private:
-  char* data() const { return memory_.get() + offset_; }
+  struct Window {
+    size_t at, bytes;
+  };
+  bool is_there() const { return memory_ != nullptr || is_vast(); }
+  char* data() const { return is_vast() ? range_->data() : memory_.get() + offset_; }
   std::unique_ptr<char, Free> memory_;
-  size_t offset_ = 0, bytes_ = 0;
+  std::optional<Range> range_;
+  std::vector<Window> windows_;
+  size_t offset_ = 0;
 };
 
 struct Call {
@@ -88,6 +147,9 @@ struct Call {
       call.numbers[name] = read<double>();
     }
     for (auto count = read<uint32_t>(); count > 0; --count) call.tensors.push_back(Tensor::received());
+    const auto is_vast = [](const Tensor& t) { return t.is_vast(); };
+    const bool any = std::any_of(call.tensors.begin(), call.tensors.end(), is_vast);
+    emulation::device.ends = any ? 2 : 0;
     return call;
   }
 

@@ -6,12 +6,28 @@ import itertools
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SCHEDULES = ("forward", "reverse", "shuffled")
+
+
+@dataclass
+class Vast:
+    """A tensor too large to send: zeros but for its windows, values by where they begin. Of a launch with vast tensors,
+    the first two blocks and the last two run."""
+
+    numel: int
+    windows: dict[int, Tensor]
+    stride: int = 0  # from row to row
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.windows.values())).dtype
 
 
 class Server:
@@ -35,8 +51,8 @@ class Server:
         op: str,
         dtypes: Sequence[torch.dtype],
         numbers: Mapping[str, float],
-        tensors: Mapping[str, Tensor | None],
-    ) -> dict[str, Tensor]:
+        tensors: Mapping[str, Tensor | Vast | None],
+    ) -> dict[str, Any]:
         """All tensors as the kernel leaves them. They lie there as they do here, misaligned or with gaps."""
         given = {name: t for name, t in tensors.items() if t is not None}
         spans = {name: _span(t) for name, t in given.items()}
@@ -48,17 +64,29 @@ class Server:
             message += _text(name) + struct.pack("d", number)
         message += struct.pack("I", len(given))
         for name, t in given.items():
-            stride = t.stride(0) if t.dim() > 0 and len(t) > 1 else 0
-            message += _text(name) + struct.pack("QqQ", t.data_ptr() % 16, stride, len(spans[name]))
+            message += _text(name)
+            if isinstance(t, Vast):
+                size = t.dtype.itemsize
+                message += struct.pack("QqQI", 0, t.stride, t.numel * size, len(t.windows))
+                for start, window in t.windows.items():
+                    message += struct.pack("QQ", start * size, window.numel() * size)
+            else:
+                stride = t.stride(0) if t.dim() > 0 and len(t) > 1 else 0
+                message += struct.pack("QqQI", t.data_ptr() % 16, stride, len(spans[name]), 0)
             message += spans[name]
         reply = self._exchange(message, sum(len(span) for span in spans.values()))
         results, at = {}, 0
         for name, t in given.items():
             size = len(spans[name])
-            memory = (
-                torch.frombuffer(bytearray(reply[at : at + size]), dtype=t.dtype) if size else t.flatten()
-            )
-            results[name] = memory.as_strided(t.shape, t.stride()).clone()
+            if size == 0:
+                results[name] = t.clone()
+                continue
+            memory = torch.frombuffer(bytearray(reply[at : at + size]), dtype=t.dtype)
+            if isinstance(t, Vast):
+                parts = memory.split([window.numel() for window in t.windows.values()])
+                results[name] = dict(zip(t.windows, parts, strict=True))
+            else:
+                results[name] = memory.as_strided(t.shape, t.stride()).clone()
             at += size
         return results
 
@@ -84,8 +112,10 @@ def _text(text: str) -> bytes:
     return struct.pack("I", len(text)) + text.encode()
 
 
-def _span(t: Tensor) -> bytes:
-    """The memory from t's first element to its last."""
+def _span(t: Tensor | Vast) -> bytes:
+    """The memory from t's first element to its last, or of its windows."""
+    if isinstance(t, Vast):
+        return b"".join(map(_span, t.windows.values()))
     if t.numel() == 0:
         return b""
     length = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1

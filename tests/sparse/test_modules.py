@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blokern import models
-from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, masks_of, sparsify, to_dense
+from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, masks_of, pack, sparsify, to_dense
 
 
 def random_masks(model: nn.Module, density: float = 0.3) -> dict[str, Tensor]:
@@ -181,3 +181,58 @@ def test_wrong_masks_leave_the_model_alone() -> None:
         sparsify(tied, {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="padding_mode must be a layer that pads with zeros, got 'reflect'"):
         MaskedConv2d(2, 2, 3, padding=1, padding_mode="reflect")
+
+
+# ---- Mixed precision
+
+
+def mixed_case() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network with masked layers between dense ones, its twin without masks but with the same zeros, and images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(12, 6, 1), nn.Flatten(), nn.Linear(6 * 36, 20), nn.ReLU(), nn.Linear(20, 4)),
+    )
+    names = ("3.weight", "5.weight", "7.weight", "9.weight")
+    masked = sparsify(net, {name: torch.rand_like(net.get_parameter(name)) < 0.4 for name in names})
+    return masked, to_dense(copy.deepcopy(masked)), torch.rand(5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_under_autocast_as_their_dense_twins(memory_format: torch.memory_format) -> None:
+    masked, dense, x = mixed_case()
+    found = []
+    for net in (masked, dense):
+        images = x.to(memory_format=memory_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(images)
+        assert logits.dtype == torch.bfloat16
+        names, parameters = zip(*net.named_parameters(), strict=True)
+        grads = torch.autograd.grad(logits.float().square().sum(), [images, *parameters])
+        assert {g.dtype for g in grads} == {torch.float32}
+        found.append((logits.float(), dict(zip(("images", *names), grads, strict=True))))
+    (logits, grads), (want, wanted) = found
+    torch.testing.assert_close(logits, want, rtol=0.02, atol=0.02)
+    kept = {name: mask.to_dense() for name, mask in masks_of(masked).items()}
+    for name, grad in grads.items():
+        expected = wanted[name] * kept[name] if name in kept else wanted[name]
+        torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+def test_under_float16_autocast_in_float32() -> None:
+    layer, x = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.5), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.float16):
+        assert layer(x).dtype == torch.float32
+        assert layer(x.half()).dtype == torch.float32
+        assert layer.double()(x.double()).dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_packed_layer_under_autocast() -> None:
+    layer, x = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.5), torch.randn(2, 8)
+    want = layer(x)
+    pack(layer, max_density=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02)

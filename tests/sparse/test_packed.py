@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 from blokern import ops
 from blokern.sparse import MaskedLinear, PackedLinear, pack, sparsify
+from blokern.sparse import packed as packed_module
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -159,3 +160,36 @@ def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("fits", "change"),
+    [
+        (True, {}),
+        (False, {"rows": 33}),
+        (False, {"cols": 96}),
+        (False, {"m": 8}),
+        (False, {"dtype": torch.float32}),
+        (False, {"least": 2**12 + 1}),
+        (False, {"device": "cuda"}),
+    ],
+)
+@torch.no_grad()
+def test_two_of_four_are_left_to_tensor_cores(
+    fits: bool, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which layers are; the product itself is torch's, on CUDA alone (tests/cuda)."""
+    how = {"rows": 64, "cols": 64, "m": 4, "dtype": torch.bfloat16, "least": 2**12, "device": "cpu"} | change
+    monkeypatch.setattr(packed_module, "_SEMI_STRUCTURED_DEVICE", how["device"])
+    monkeypatch.setattr(packed_module, "_SEMI_STRUCTURED_LEAST", how["least"])
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda t: given.append(t) or t.clone())
+    weight = torch.randn(how["rows"], how["cols"])
+    mask = ops.nm_mask(weight, how["m"] // 2, how["m"])
+    layer = MaskedLinear(how["cols"], how["rows"], mask=mask, dtype=how["dtype"])
+    x, bias = torch.randn(3, how["cols"], dtype=how["dtype"]), layer.bias
+    want = layer(x)
+    pack(layer)
+    assert (type(layer), layer.bias, len(given)) == (nn.Linear, bias, fits)
+    assert not fits or torch.equal(given[0] != 0, mask)
+    torch.testing.assert_close(layer(x), want, rtol=0.02, atol=0.02)

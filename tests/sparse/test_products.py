@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from instruction_sets import check_everywhere
 from threads import check_threads
 from torch import Tensor
@@ -152,15 +150,6 @@ def test_infinities_and_nans_stay_in_their_sample() -> None:
     assert y[5].isinf().all()
     others = [i for i in range(70) if i not in (3, 5)]
     assert y[others].isfinite().all()
-
-
-@given(st.integers(1, 80), st.integers(1, 300), st.integers(1, 140), st.floats(0.0, 1.0))
-def test_any_size(rows: int, cols: int, samples: int, density: float) -> None:
-    weight, mask, x = factors(rows, cols, samples, density)
-    check_spmm(ops.spmm(weight, mask, x.t()), weight, mask, x.t())
-    product = ops.sddmm(weight @ x.t(), x.t(), mask)
-    exact = reference.sddmm(weight @ x.t(), x.t(), mask)
-    torch.testing.assert_close(product, exact, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("turned", [False, True])

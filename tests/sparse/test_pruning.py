@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from instruction_sets import check_everywhere
 from threads import check_threads
 from torch import Tensor
@@ -77,16 +75,6 @@ def test_equals_the_oracle(name: str, rates: dict[str, float]) -> None:
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     for got, exact in zip(run(ops, name, SHAPES, rates, torch.float32), want, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@given(st.integers(1, 9), st.integers(1, 150), st.integers(0, 2**31), st.sampled_from(RATES))
-def test_any_size(rows: int, cols: int, seed: int, rates: dict[str, float]) -> None:
-    weights, grads = ([t] for t in draw([(rows, cols)] * 2, seed))
-    masks = [draw([(rows, cols)], seed + 1)[0] > 0]
-    scores, want = [weights[0].cos()], [weights[0].cos()]
-    ops.bip_score_step_(scores, weights, grads, masks, **rates, **buffers_for(scores, rates))
-    reference.bip_score_step_(want, weights, grads, masks, **rates)
-    torch.testing.assert_close(scores[0], want[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rates", RATES)

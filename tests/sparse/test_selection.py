@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from instruction_sets import check_everywhere
 from threads import check_threads
 from torch import Tensor
@@ -66,26 +64,6 @@ def test_topk_keeps_what_a_stable_sort_puts_first(
     assert mask.is_contiguous()
     assert torch.equal(mask, reference.topk_mask(scores, density))
     assert torch.equal(scores, before)
-
-
-@given(st.lists(st.lists(st.integers(-3, 3), max_size=40), min_size=1, max_size=6), st.floats(1e-6, 1.0))
-def test_counts_are_exact_and_a_list_is_its_concatenation(values: list[list[int]], density: float) -> None:
-    scores = [torch.tensor(v, dtype=torch.float32) for v in values]
-    masks = ops.topk_mask(scores, density)
-    together = torch.cat(scores)
-    assert torch.equal(torch.cat(masks), ops.topk_mask(together, density))
-    assert torch.equal(torch.cat(masks), reference.topk_mask(together, density))
-    assert int(torch.cat(masks).sum()) == round(density * len(together))
-    for layer, mask in zip(scores, ops.topk_mask(scores, density, scope="layer"), strict=True):
-        assert torch.equal(mask, ops.topk_mask(layer, density))
-        assert int(mask.sum()) == round(density * len(layer))
-
-
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.floats(1e-6, 1.0))
-def test_any_float_has_its_place(values: list[float], density: float) -> None:
-    for dtype in (torch.float32, torch.float64):
-        scores = torch.tensor(values, dtype=dtype)
-        assert torch.equal(ops.topk_mask(scores, density), reference.topk_mask(scores, density))
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

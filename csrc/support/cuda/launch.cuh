@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,8 @@ inline void check(cudaError_t error, const char* what) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, bool cooperative,
             const CudaCall& call, const Arguments&... arguments) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (blocks > most) throw std::runtime_error("blokern: a launch of more blocks than CUDA has");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = cooperative ? 1 : 0;

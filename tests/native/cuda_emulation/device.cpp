@@ -13,6 +13,8 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -102,8 +104,16 @@ struct Run {
   size_t scheduler_stack_size = 0;
 };
 
+// Which kernels this program has launched: written at its end to the file that BLOKERN_LAUNCHED names, a line
+// each, the program and the address of the kernel's symbol in it.
+struct Launched {
+  std::set<const void*> kernels;
+  ~Launched();
+};
+
 Stacks stacks;
 Run* run = nullptr;
+Launched launched;
 std::map<const void*, size_t> dynamic_limits;
 
 std::string text(dim3 d) {
@@ -138,6 +148,21 @@ std::string name_of(const void* kernel) {
   int status = 0;
   const std::unique_ptr<char, FreeBytes> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status));
   return status == 0 ? name.get() : info.dli_sname;
+}
+
+Launched::~Launched() {
+  const char* const path = std::getenv("BLOKERN_LAUNCHED");
+  std::FILE* const file = path == nullptr ? nullptr : std::fopen(path, "a");
+  if (file == nullptr) return;
+  std::string lines;
+  for (const void* kernel : kernels) {
+    Dl_info info;
+    if (dladdr(kernel, &info) == 0) continue;
+    const auto address = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+    lines += std::string(info.dli_fname) + " " + std::to_string(address) + "\n";
+  }
+  std::fwrite(lines.data(), 1, lines.size(), file);
+  std::fclose(file);
 }
 
 void to_scheduler(bool last) {
@@ -283,10 +308,13 @@ bool launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, boo
     return false;
   }
   if (run != nullptr) fail("a launch from within a kernel");
+  launched.kernels.insert(kernel);
   std::mt19937 random(device.seed);
+  if (device.ends != 0 && cooperative) fail("a cooperative launch of which some blocks do not run");
   // Blocks do not know of each other, so that their order is free.
-  std::vector<uint64_t> order(volume(grid));
-  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
+  const uint64_t skipped = device.ends == 0 ? 0 : volume(grid) - std::min(volume(grid), 2 * device.ends);
+  std::vector<uint64_t> order(volume(grid) - skipped);
+  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i < device.ends ? i : i + skipped;
   if (device.schedule == Schedule::reverse) std::reverse(order.begin(), order.end());
   if (device.schedule == Schedule::shuffled) std::shuffle(order.begin(), order.end(), random);
   const size_t at_once = cooperative ? order.size() : 1;

@@ -29,6 +29,9 @@ struct Device {
   int multiprocessors = 2;
   int blocks_a_multiprocessor = 2;
   int l2_bytes = 1 << 16;
+  // Of a grid that has more, so many blocks run at either end, the others not; 0: all. For tensors that are
+  // too large to be worked on, whose kernels' blocks do not wait for each other.
+  uint64_t ends = 0;
 };
 extern Device device;
 

@@ -7,10 +7,12 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "support/cuda/launch.cuh"
 
 namespace planted {
 
@@ -232,6 +234,33 @@ bool check_limits() {
   return cudaLaunchKernelEx(&config, meet, &arrived, out.get()) == cudaSuccess;
 }
 
+void mark(float* out) { out[blockIdx.x] = 1; }
+
+// Ten blocks, of which those at the ends run.
+template <bool cooperative>
+bool check_ends() {
+  auto out = floats(10);
+  for (int i = 0; i < 10; ++i) out[i] = 0;
+  emulation::device.ends = 2;
+  emulation::device.blocks_a_multiprocessor = 5;
+  cudaLaunchAttribute attribute{cudaLaunchAttributeCooperative, {cooperative}};
+  cudaLaunchConfig_t config{10, 1, 0, nullptr, &attribute, 1};
+  if (cudaLaunchKernelEx(&config, mark, out.get()) != cudaSuccess) return false;
+  return all_are(out.get(), 2, 1) && all_are(out.get() + 2, 6, 0) && all_are(out.get() + 8, 2, 1);
+}
+
+// By the kernels' own launch, which counts in 64 bits.
+template <int64_t blocks>
+bool check_launch() {
+  auto out = floats(1);
+  try {
+    blokern::launch(mark, blocks, 1, false, blokern::CudaCall{}, out.get());
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+  return all_are(out.get(), 1, 1);
+}
+
 struct Case {
   std::string name;  // a "bug: ..." is to be caught, an "ok: ..." to pass
   std::function<bool()> passes;
@@ -266,6 +295,11 @@ const Case kCases[] = {
     {"bug: more threads than a block has", check_limits<1, 1025, false>},
     {"bug: more blocks than a cooperative launch can hold", check_limits<2, 32, true>},
     {"bug: more rows of blocks than a grid has", check_limits<65536, 32, false>},
+    {"ok: the ends of a grid", check_ends<false>},
+    {"bug: the ends of a grid whose blocks may wait", check_ends<true>},
+    {"ok: a launch", check_launch<1>},
+    {"bug: a launch of no blocks", check_launch<0>},
+    {"bug: more blocks than 32 bits count", check_launch<(int64_t{1} << 32) + 1>},
 };
 
 }  // namespace planted
