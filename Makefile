@@ -7,7 +7,7 @@ NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu
 FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup build bench docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz
+.PHONY: demo test setup build bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz
 .DEFAULT_GOAL := build
 
 demo: build
@@ -25,6 +25,26 @@ bench: build
 # The API reference, into build/docs; the pages of docs/ are read as they are.
 docs: build
 	$(BIN)/python docs/reference.py build/docs
+
+# blokern beside other libraries, in a venv of their own, on a network that the first call trains: docs/benchmarks.md.
+# SUITE=attack, sparse, curvature or bilevel: that one alone.
+PEERS := .venv-peers
+SUITE ?= all
+ATTACKED := build/peers/small_cnn-64/best.pt
+ATTACKED_ON := $(if $(wildcard /usr/share/datasets/fashion-mnist),fashion-mnist,digits)
+
+bench-peers: build $(PEERS)/.setup $(ATTACKED)
+	$(PEERS)/bin/python -m benchmarks.peers $(SUITE) --checkpoint $(ATTACKED) --out benchmarks/results
+
+$(PEERS)/.setup: benchmarks/peers/requirements.txt constraints.txt
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -c constraints.txt torch numpy scipy matplotlib scikit-learn setuptools
+	$(PEERS)/bin/pip install -q --no-deps -r benchmarks/peers/requirements.txt
+	touch $@
+
+$(ATTACKED): | build
+	$(BIN)/blokern train pgd --data $(ATTACKED_ON) --train-limit 10000 --model small_cnn --width 64 --eps 0.1 --epochs 6 --lr 0.1 \
+		--augment false --seed 0 --threads 2 --out $(@D) --resume
 
 # The CUDA kernels without a GPU (docs/gpu.md): emulated; compiled by nvcc and inspected; linked to a CUDA build of torch.
 cuda-emulation: build

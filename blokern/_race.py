@@ -30,7 +30,7 @@ class Case:
     """The same work done by several rivals. `ours` names the one that the ratios are of.
 
     `bytes` is the traffic that the work cannot avoid, for rates; 0 where that is not the limit. `memory`: measure what
-    each needs at its peak, too.
+    each needs at its peak, too. `long`: a call takes so long that warming up first does not matter.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Case:
     ours: str
     bytes: int = 0
     memory: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def run_case(
     case: Case, rounds: int, clock: Callable[[Callable[[], object], int], float] = wall_time
 ) -> list[Row]:
     """Time the rivals in turn, each once a round; a row a rival, in their order. clock: as `wall_time`."""
-    repeats = {name: _repeats(run, clock) for name, run in case.rivals.items()}
+    repeats = {name: 1 if case.long else _repeats(run, clock) for name, run in case.rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in case.rivals}
     for _ in range(rounds):
         for name, run in case.rivals.items():

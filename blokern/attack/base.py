@@ -15,6 +15,7 @@ from blokern import ops
 from blokern.attack import checks
 from blokern.attack.losses import Loss, LossName, correct, named_loss
 from blokern.attack.modes import eval_mode, frozen_parameters
+from blokern.attack.surrogate import Surrogate, SurrogateName, check_surrogate
 from blokern.ops.types import Norm, PerSample
 
 __all__ = ["Attack", "AttackOptions", "Batch", "Walk", "Worst", "loss_dtype", "rows"]
@@ -27,7 +28,9 @@ class AttackOptions(TypedDict, total=False):
     to reach, and the loss is descended. clip_min, clip_max: the images' interval. generator: the source of
     random starts (default: torch's own). eval_mode: attack the model in eval mode, whatever mode it is in,
     and restore that afterwards; False attacks it as it stands, for adversarial training through BatchNorm's
-    batch statistics.
+    batch statistics. surrogate: "fp32" or "bf16" follows the gradients of a copy of the model that is made in each
+    call, faster, in that type (:class:`blokern.attack.surrogate.Surrogate`); who is fooled, and where walks end, is
+    judged by the model itself. For long attacks of float32 images in eval mode.
     """
 
     loss: LossName | Loss
@@ -36,6 +39,7 @@ class AttackOptions(TypedDict, total=False):
     clip_max: float
     generator: torch.Generator | None
     eval_mode: bool
+    surrogate: SurrogateName | None
 
 
 class Samples:
@@ -138,6 +142,7 @@ class Attack(ABC, Generic[W]):
         clip_max: float = 1.0,
         generator: torch.Generator | None = None,
         eval_mode: bool = True,
+        surrogate: SurrogateName | None = None,
     ) -> None:
         checks.check_model(model)
         checks.check_radius("eps", eps)
@@ -146,6 +151,11 @@ class Attack(ABC, Generic[W]):
         checks.check_norm(norm)
         checks.check_count("restarts", restarts)
         checks.check_box(clip_min, clip_max)
+        check_surrogate(surrogate)
+        if surrogate is not None and not eval_mode:
+            raise ValueError(
+                f"surrogate={surrogate!r} has BatchNorm's running statistics: it takes eval_mode=True"
+            )
         self.model = model
         self.eps = eps
         self.step_size = step_size
@@ -159,7 +169,9 @@ class Attack(ABC, Generic[W]):
         self.clip_max = clip_max
         self.generator = generator
         self.eval_mode = eval_mode
+        self.surrogate: SurrogateName | None = surrogate
         self._loss = named_loss(loss)
+        self._guide: nn.Module | None = None  # the surrogate, during a call
 
     @property
     @abstractmethod
@@ -173,7 +185,7 @@ class Attack(ABC, Generic[W]):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """x_adv for the images x and the labels (or targets) y; see the class."""
         largest_label = checks.check_batch(x, y, self.clip_min, self.clip_max)
-        with torch.inference_mode(False), torch.no_grad(), self._model_at_rest():
+        with torch.inference_mode(False), torch.no_grad(), self._model_at_rest(), self._guided(x):
             everyone = Batch(
                 index=torch.arange(len(x), device=x.device),
                 x=x.detach(),
@@ -192,6 +204,17 @@ class Attack(ABC, Generic[W]):
                     yield
             else:
                 yield
+
+    @contextmanager
+    def _guided(self, x: Tensor) -> Iterator[None]:
+        if self.surrogate is not None and x.dtype != torch.float32:
+            raise TypeError(f"x must be float32 for surrogate={self.surrogate!r}, got {x.dtype}")
+        try:
+            if self.surrogate is not None and len(x):
+                self._guide = Surrogate(self.model, x.detach(), self.surrogate)
+            yield
+        finally:
+            self._guide = None
 
     def _perturb(self, everyone: Batch) -> Tensor:
         worst = Worst(everyone)
@@ -219,6 +242,7 @@ class Attack(ABC, Generic[W]):
         for step in range(steps):
             look = self._look(batch, walk.x_adv)
             if worst is not None:
+                look = self._confirmed(look, batch, walk.x_adv)
                 worst.update(batch, walk.x_adv, look.loss, look.fooled)
                 if self.early_stop and bool(look.fooled.any()):
                     standing = (~look.fooled).nonzero().squeeze(1)
@@ -227,6 +251,16 @@ class Attack(ABC, Generic[W]):
                         break
             self._step(batch, walk, look, step)
         return batch, walk
+
+    def _confirmed(self, look: Look, batch: Batch, x_adv: Tensor) -> Look:
+        """The look with those as fooled alone that the model itself is fooled by, if it was a surrogate's."""
+        if self._guide is None:
+            return look
+        fooled = look.fooled.clone()
+        claimed = fooled.nonzero().squeeze(1)
+        if len(claimed):
+            _, fooled[claimed] = self._judge(batch.take(claimed), x_adv[claimed])
+        return replace(look, fooled=fooled)
 
     def _finish(self, batch: Batch, walk: W, worst: Worst) -> None:
         if len(batch):
@@ -247,7 +281,7 @@ class Attack(ABC, Generic[W]):
     def _look(self, batch: Batch, x_adv: Tensor) -> Look:
         point = x_adv.detach().requires_grad_()  # the same memory: x_adv itself stays a plain buffer
         with torch.enable_grad():
-            logits = self._logits(batch, point)
+            logits = self._logits(batch, point, self._guide)
             loss = self._objective(logits, batch)
             total = loss.sum()  # of independent samples: each gets its own gradient
         (grad,) = torch.autograd.grad(total, point, allow_unused=True) if total.requires_grad else (None,)
@@ -262,8 +296,8 @@ class Attack(ABC, Generic[W]):
         logits = self._logits(batch, x_adv)
         return self._objective(logits, batch).to(loss_dtype(x_adv)), self._fooled(logits, batch)
 
-    def _logits(self, batch: Batch, x_adv: Tensor) -> Tensor:
-        logits: Tensor = self.model(x_adv)
+    def _logits(self, batch: Batch, x_adv: Tensor, network: nn.Module | None = None) -> Tensor:
+        logits: Tensor = (network or self.model)(x_adv)
         checks.check_logits(logits, len(batch), batch.largest_label)
         return logits
 

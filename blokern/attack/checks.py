@@ -63,12 +63,18 @@ def check_radius(name: str, value: PerSample) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def check_graphed(restarts: int, early_stop: bool, eps: PerSample, step_size: PerSample) -> None:
+def check_graphed(
+    restarts: int, early_stop: bool, eps: PerSample, step_size: PerSample, surrogate: str | None
+) -> None:
     """What a loop that is one CUDA graph can be: always the same work."""
     if restarts > 1 or early_stop:
         raise ValueError(
             f"cuda_graph=True runs all steps in one launch, without a look at who is fooled: it takes restarts=1 "
             f"and early_stop=False, got restarts={restarts}, early_stop={early_stop}"
+        )
+    if surrogate is not None:
+        raise ValueError(
+            f"cuda_graph=True keeps one network's graph: it takes surrogate=None, got {surrogate!r}"
         )
     for name, value in (("eps", eps), ("step_size", step_size)):
         if isinstance(value, Tensor):

@@ -15,6 +15,7 @@ from blokern.attack.base import Attack
 from blokern.attack.losses import correct
 from blokern.attack.modes import eval_mode, frozen_parameters
 from blokern.attack.pgd import PGD
+from blokern.attack.surrogate import SurrogateName
 from blokern.distributed import Processes
 from blokern.ops.types import Norm
 
@@ -57,6 +58,7 @@ def evaluate(
     clip_max: float = 1.0,
     check: bool = True,
     generator: torch.Generator | None = None,
+    surrogate: SurrogateName | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Evaluation:
@@ -69,7 +71,7 @@ def evaluate(
     restored after. An attack built on another model measures transfer.
 
     check: refuse an attack's output that is not finite, outside the box, or, if `eps` is given, outside the
-    `norm` ball, by more than 1e-4 (relative to eps where eps > 1). generator: for the default attack.
+    `norm` ball, by more than 1e-4 (relative to eps where eps > 1). generator, surrogate: for the default attack.
     progress: called as progress(batches done, batches or None if the loader has no length). processes: each evaluates
     the batches that its own loader gives, there may be none, and all get the result of them together.
 
@@ -87,7 +89,9 @@ def evaluate(
             raise TypeError("eps must be a float, got a tensor")
         checks.check_radius("eps", eps)
     if attack is None:
-        attack = _pgd_50_10(model, 8 / 255 if eps is None else eps, norm, clip_min, clip_max, generator)
+        attack = _pgd_50_10(
+            model, 8 / 255 if eps is None else eps, norm, clip_min, clip_max, generator, surrogate
+        )
     attacks = _named(attack)
 
     started = time.perf_counter()
@@ -135,6 +139,7 @@ def _pgd_50_10(
     clip_min: float,
     clip_max: float,
     generator: torch.Generator | None,
+    surrogate: SurrogateName | None,
 ) -> PGD:
     return PGD(
         model,
@@ -147,6 +152,7 @@ def _pgd_50_10(
         clip_min=clip_min,
         clip_max=clip_max,
         generator=generator,
+        surrogate=surrogate,
     )
 
 

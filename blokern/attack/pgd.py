@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 
 from blokern import ops
 from blokern.attack import checks
-from blokern.attack.base import Attack, AttackOptions, Batch, Look, Walk, Worst
+from blokern.attack.base import Attack, AttackOptions, Batch, Look, Walk, Worst, loss_dtype
 from blokern.attack.graph import GraphedLoop
 from blokern.ops.types import Norm, PerSample
 
 __all__ = ["FGSM", "NFGSM", "PGD"]
+
+
+#: A batch gets smaller when the runs of more than this share of it are over: each size costs its kernels' set-up.
+_IDLE = 1 / 8
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class _Runs(Walk):
+    """Of each sample the run that it is in. step [N] int64: the number of its next step; left [N] int64: the runs that
+    are not over yet; visited [N, steps + 1] int64: fingerprints of the points at earlier steps, and losses there."""
+
+    step: Tensor
+    left: Tensor
+    visited: Tensor
+    losses: Tensor
 
 
 class PGD(Attack[Walk]):
@@ -28,7 +45,9 @@ class PGD(Attack[Walk]):
     loss. early_stop: samples leave the batch as soon as an iterate fools, and take no part in further steps
     and restarts, as in the evaluation of Fast-AT (Wong et al., ICLR 2020); the others keep the worst of all
     their iterates. From the same starts it finds every sample that the full run finds, at a fraction of the
-    cost, and reads one flag back from the device a step.
+    cost, and reads a few flags back from the device a step. An "linf" run also ends for a sample that is back at a
+    point where it was, with the loss that it had there: from there on it would go round in a circle. A sample whose run
+    has ended starts its next one at once, so that batches stay full.
 
     cuda_graph: all steps are one CUDA graph, captured in the first call for a shape, so that small models do
     not wait for the host. For images on CUDA, one run without early_stop, float eps and step_size, and a
@@ -71,7 +90,7 @@ class PGD(Attack[Walk]):
             )
         self.random_start = random_start
         if cuda_graph:
-            checks.check_graphed(restarts, early_stop, eps, step_size)
+            checks.check_graphed(restarts, early_stop, eps, step_size, self.surrogate)
         self._graphed = GraphedLoop() if cuda_graph else None
         self._largest_label = -1  # that the model was seen to have
 
@@ -87,7 +106,56 @@ class PGD(Attack[Walk]):
         ):  # nothing to compare: the end point, without a look at it
             _, walk = self._climb(everyone, self._start(everyone), self.steps, None)
             return walk.x_adv
-        return super()._perturb(everyone)
+        return self._hunt(everyone) if self.early_stop else super()._perturb(everyone)
+
+    def _hunt(self, batch: Batch) -> Tensor:
+        """early_stop: all runs of a sample, one after another, until one fools."""
+        worst = Worst(batch)
+        runs = self._set_off(batch)
+        while len(batch):
+            look = self._confirmed(self._look(batch, runs.x_adv), batch, runs.x_adv)
+            worst.update(batch, runs.x_adv, look.loss, look.fooled)
+            circles = self._circles(runs, look)
+            ended = (runs.left > 0) & ~look.fooled & (circles | (runs.step == self.steps))
+            if self._guide is not None:
+                at_end = ended.nonzero().squeeze(1)
+                self._finish(batch.take(at_end), runs.take(at_end), worst)
+            runs.left = torch.where(worst.fooled[batch.index], 0, runs.left - ended.long())
+            again = (ended & (runs.left > 0)).nonzero().squeeze(1)
+            if len(again):
+                runs.x_adv[again] = self._start(batch.take(again))
+            moves = ~ended & (runs.left > 0)
+            self._move(batch, runs.x_adv, look.grad, moves)
+            runs.step = torch.where(ended, 0, runs.step + moves.long())
+            standing = (runs.left > 0).nonzero().squeeze(1)
+            if len(standing) == 0 or len(standing) < (1 - _IDLE) * len(batch):
+                batch, runs = batch.take(standing), runs.take(standing)
+        return worst.x_adv
+
+    def _set_off(self, batch: Batch) -> _Runs:
+        x_adv, n, points = self._start(batch), len(batch), self.steps + 1
+        device = x_adv.device
+        return _Runs(
+            x_adv,
+            step=torch.zeros(n, dtype=torch.int64, device=device),
+            left=torch.full((n,), self.restarts, device=device),
+            visited=torch.zeros(n, points, dtype=torch.int64, device=device),
+            losses=torch.zeros(n, points, dtype=loss_dtype(x_adv), device=device),
+        )
+
+    def _circles(self, runs: _Runs, look: Look) -> Tensor:
+        """[N] bool: who is where its run has been before; remembers where all are."""
+        if self.norm != "linf":  # steps of a given length round: no point is met twice
+            return torch.zeros_like(look.fooled)
+        here, now = _fingerprints(runs.x_adv).unsqueeze(1), runs.step.unsqueeze(1)
+        loss = look.loss.unsqueeze(1)
+        runs.visited.scatter_(1, now, here)
+        runs.losses.scatter_(1, now, loss)
+        earlier = torch.arange(self.steps + 1, device=here.device) < now
+        # With the loss that it had there, but for the rounding of another batch: a model that draws does not circle.
+        alike = torch.isclose(runs.losses, loss, rtol=1e-5, atol=1e-6)
+        visits = earlier & (runs.visited == here)
+        return visits.any(dim=1) & ~(visits & ~alike).any(dim=1)
 
     def _graphed_walk(self, graphed: GraphedLoop, everyone: Batch) -> Tensor:
         checks.check_on_cuda(everyone.x)
@@ -110,8 +178,7 @@ class PGD(Attack[Walk]):
         return graphed(run, self.model, settings, everyone.x, everyone.y, self._start(everyone))
 
     def _run(self, batch: Batch, worst: Worst) -> None:
-        along_the_way = worst if self.early_stop else None
-        batch, walk = self._climb(batch, self._start(batch), self.steps, along_the_way)
+        batch, walk = self._climb(batch, self._start(batch), self.steps, None)
         self._finish(batch, walk, worst)
 
     def _start(self, batch: Batch) -> Tensor:
@@ -121,20 +188,33 @@ class PGD(Attack[Walk]):
         return Walk(x_adv)
 
     def _step(self, batch: Batch, walk: Walk, look: Look, step: int) -> None:
+        self._move(batch, walk.x_adv, look.grad)
+
+    def _move(self, batch: Batch, x_adv: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         ops.pgd_step_(
-            walk.x_adv,
+            x_adv,
             batch.x,
-            look.grad,
+            grad,
             batch.step_size,
             self._reach(batch),
             norm=self.norm,
             clip_min=self.clip_min,
             clip_max=self.clip_max,
+            active=active,
         )
 
     def _reach(self, batch: Batch) -> PerSample:
         """The radius that a step is projected back to."""
         return batch.eps
+
+
+def _fingerprints(x: Tensor) -> Tensor:
+    """[N] int64 of the bits of each sample of x [N, ...]: Σ bits·k mod 2⁶⁴, k random and odd, so that float32 points
+    that differ have the same one with a chance of 2⁻³¹ at most."""
+    bits = x.flatten(1).view(_BITS[x.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = 2 * torch.randint(2**62, bits.shape[1:], generator=generator) + 1
+    return (bits * factors.to(x.device)).sum(dim=1)
 
 
 class FGSM(PGD):

@@ -47,6 +47,9 @@ def evaluate(argv: list[str]) -> int:
             Option("norm", str, "linf", "of the attack: linf, l2 or l1"),
             Option("eps", Number, None, "budget of the attack, for pixels in [0, 1] (default: as trained)"),
             *STRENGTH_OPTIONS,
+            Option(
+                "surrogate", str, None, "fp32 or bf16: step by a faster copy of the network, judge by itself"
+            ),
             Option("seed", int, 0, "of the attack's random starts"),
             Option("json", str, None, "also write the result to this file"),
             *MACHINE_OPTIONS,
@@ -71,7 +74,8 @@ def _evaluate(options: Options, device: str, processes: Processes) -> None:
     payload = checkpoint.load(path)
     name = options["data"] or checkpoint.recipe_of(payload, path)["data"]["name"]
     test = data.load(name, data_dir=options["data_dir"], test_limit=options["test_limit"]).test
-    attack = {key: options[key] for key in ("attack", "norm", "eps", "steps", "restarts", "seed")}
+    words = ("attack", "norm", "eps", "steps", "restarts", "surrogate", "seed")
+    attack = {key: options[key] for key in words}
     if attack["eps"] is None:
         attack["eps"] = payload["settings"]["eps"]
     result = attacked(payload, path, test, device, processes, **attack)
@@ -138,14 +142,16 @@ def _adversary(
     eps: float,
     steps: int,
     restarts: int,
+    surrogate: Any = None,
 ) -> Any:
     from blokern.attack import APGD, FGSM, PGD
 
+    how: Any = {"generator": generator, "surrogate": surrogate}
     if attack == "fgsm":
-        return FGSM(model, eps, norm=norm, generator=generator)
+        return FGSM(model, eps, norm=norm, **how)
     if attack == "apgd":
-        return APGD(model, eps, steps, norm, restarts, early_stop=True, generator=generator)
-    return PGD(model, eps, eps / 4, steps, norm, restarts, early_stop=True, generator=generator)
+        return APGD(model, eps, steps, norm, restarts, early_stop=True, **how)
+    return PGD(model, eps, eps / 4, steps, norm, restarts, early_stop=True, **how)
 
 
 def write_json(path: str | Path, value: Any) -> None:

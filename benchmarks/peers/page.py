@@ -1,0 +1,108 @@
+"""docs/benchmarks.md, as the peers' JSON files have it: `python -m benchmarks.peers.page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blokern._race import pretty
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+SUITES = {
+    "attack": "Attacks and evaluation",
+    "sparse": "Sparse layers and pruned networks",
+    "curvature": "Curvature",
+    "bilevel": "Implicit gradients",
+}
+HEAD = """# blokern beside other libraries
+
+The same work on the same inputs, in one run, the rivals in turns; a result is compared with the others' before its time
+counts, and `result` says how. Times are medians; a ratio is the median over rounds of two times of one round: how many
+times longer than the row in bold a rival took. `make bench-peers` measures all of it again, in a venv of its own, and
+writes this page from the JSON files in [benchmarks/results](../benchmarks/results); the cases are in
+[benchmarks/peers](../benchmarks/peers), whose docstrings say what exactly is compared.
+"""
+
+Row = dict[str, Any]
+
+
+def render(results: Path = RESULTS) -> str:
+    return "\n".join(
+        [HEAD, *_summary(results), *(part for suite in SUITES for part in _suite(results, suite))]
+    )
+
+
+def write(results: Path = RESULTS, page: Path = PAGE) -> None:
+    page.write_text(render(results))
+    print(f"written: {page}")
+
+
+def _load(results: Path, suite: str) -> dict[str, Any] | None:
+    path = results / f"peers_{suite}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _contests(result: dict[str, Any]) -> dict[str, list[Row]]:
+    contests: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        contests.setdefault(row["case"], []).append(row)
+    return contests
+
+
+def is_ours(row: Row) -> bool:
+    return str(row["rival"]).startswith("blokern")
+
+
+def verdict(rows: Sequence[Row]) -> tuple[bool, str]:
+    """Whether the fastest of ours is first, and the sentence that says so or who is."""
+    ours = min(filter(is_ours, rows), key=lambda row: row["times_ours"])
+    peer = min((row for row in rows if not is_ours(row)), key=lambda row: row["times_ours"])
+    ratio = peer["times_ours"] / ours["times_ours"]
+    if ratio >= 1:
+        return True, f"{ours['rival']} is first, {ratio:.2f} times faster than {peer['rival']}."
+    return False, f"{peer['rival']} is first, {1 / ratio:.2f} times faster than {ours['rival']}."
+
+
+def _summary(results: Path) -> Iterator[str]:
+    measured = [found for suite in SUITES if (found := _load(results, suite)) is not None]
+    if not measured:
+        yield "Nothing is measured yet.\n"
+        return
+    contests = [(case, *verdict(rows)) for result in measured for case, rows in _contests(result).items()]
+    lost = [f"- {case}: {sentence}" for case, first, sentence in contests if not first]
+    yield f"blokern is first in {len(contests) - len(lost)} of {len(contests)}.\n"
+    if lost:
+        yield "## Where blokern is not first\n"
+        yield "\n".join(lost) + "\n"
+
+
+def _suite(results: Path, suite: str) -> Iterator[str]:
+    result = _load(results, suite)
+    if result is None:
+        return
+    machine, versions = result["machine"], dict(result["versions"])
+    yield f"## {SUITES[suite]}\n"
+    yield (
+        f"{machine['processor']}; {machine['cores']} cores, {machine['threads']} threads; "
+        f"{result['date'][:10]}, commit {result['commit']}.\n"
+    )
+    for case, rows in _contests(result).items():
+        yield f"### {case}\n"
+        yield verdict(rows)[1] + "\n"
+        yield "| | time | ratio | spread | result |\n|---|---:|---:|---:|---|"
+        for row in rows:
+            name = f"**{row['rival']}**" if row["ours"] else row["rival"]
+            spread = f"±{row['spread']:.0%}" if row["rounds"] > 1 else ""
+            yield f"| {name} | {pretty(row['seconds'])} | {row['times_ours']:.2f} | {spread} | {row['result']} |"
+        yield ""
+    yield f"![{SUITES[suite]}](../benchmarks/results/peers_{suite}.png)\n"
+    yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
+
+
+if __name__ == "__main__":
+    write()
