@@ -7,7 +7,7 @@ NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu
 FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup build bench docs lint format clean cuda-emulation cuda-check cuda-link gpu
+.PHONY: demo test setup build bench docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz
 .DEFAULT_GOAL := build
 
 demo: build
@@ -43,6 +43,17 @@ cuda-link:
 # On a machine with a GPU: build, tests, sanitizers, benchmarks, inside nine minutes, with PYTHON's own torch.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
+
+# The kernels under ASan, UBSan and TSan, in builds of their own; and CASES random calls of all ops against their
+# oracles, each followed by hostile ones, then as many calls whose memory is watched (docs/reliability.md).
+CASES ?= 100000
+sanitize: setup
+	$(BIN)/python tests/hardening/sanitize.py address
+	$(BIN)/python tests/hardening/sanitize.py thread
+
+fuzz: build
+	$(BIN)/python tests/hardening/fuzz.py --cases $(CASES) --hostile 4
+	$(BIN)/python tests/hardening/leaks.py --calls $(CASES)
 
 lint: setup
 	$(BIN)/ruff check .

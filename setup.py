@@ -43,6 +43,21 @@ FLAGS = [
     *(flag for path in include_paths() for flag in ("-isystem", path)),
 ]
 
+# BLOKERN_SANITIZE=address (ASan and UBSan) or thread (TSan): for tests/hardening/sanitize.py, never for use.
+SANITIZER = os.environ.get("BLOKERN_SANITIZE", "")
+SANITIZED = ["-O0", "-g1", "-fno-omit-frame-pointer", "-Wno-error"]
+SANITIZERS = {
+    "": [],
+    "address": [
+        *SANITIZED,
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=vptr,null,object-size,pointer-overflow",  # what ASan sees, for half the compiler's time
+        "-fno-sanitize-recover=all",
+    ],
+    # TSan knows nothing of libgomp, which it cannot see synchronise: the kernels then run on std::thread.
+    "thread": [*SANITIZED, "-fsanitize=thread", "-include", str(CSRC / "support/sanitize/threads.h")],
+}[SANITIZER]
+OPENMP = [] if SANITIZER == "thread" else ["-fopenmp"]
 
 NVCC_FLAGS = [
     "-std=c++20",
@@ -61,7 +76,7 @@ def sources(*patterns: str) -> list[str]:
 
 def build_folder(name: str) -> Path:
     """Each library's own, since they share sources; kept, so that ninja rebuilds only what changed."""
-    return ROOT / "build" / f"torch-{torch.__version__}" / name
+    return ROOT / "build" / f"torch-{torch.__version__}{SANITIZER}" / name
 
 
 def extension(
@@ -88,7 +103,8 @@ def cpu_libraries() -> Iterator[CppExtension]:
         name = f"_cpu_{capability.lower()}"
         files = ["csrc/cpu_module.cpp", *kernels, *([] if compiled else registrations)]
         # at::parallel_for is inline: without OpenMP here it would quietly run on one thread.
-        yield extension(name, files, [*flags, "-fopenmp"], ["-fopenmp"], compiled)
+        links = [*OPENMP, *(flag for flag in SANITIZERS if flag.startswith("-fsanitize"))]
+        yield extension(name, files, [*flags, *OPENMP, *SANITIZERS], links, compiled)
         compiled = compiled or [build_folder(name) / Path(path).with_suffix(".o") for path in registrations]
 
 

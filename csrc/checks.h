@@ -2,12 +2,17 @@
 // ValueError, a wrong type a TypeError; each names the argument, what came and what was expected.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <string>
+#include <vector>
+
+#include "memory_overlap.h"
 
 namespace blokern::checks {
 
@@ -84,28 +89,70 @@ inline void box(double min, double max) {
                     " and clip_max=", max);
 }
 
-// A tensor that is written in place must have one place for each element.
+// A tensor that is written in place must have one place for each element: views of dense tensors have, and
+// what else could is not taken.
 inline void writable(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(
-      at::has_internal_overlap(t) != at::MemOverlap::Yes, name,
-      " is written in place, and some of its elements share memory (an expanded tensor?): clone it first");
+  TORCH_CHECK_VALUE(memory::is_nested(t), name,
+                    " is written in place, and some of its elements may share memory (an expanded tensor?): "
+                    "clone it first");
 }
 
 // Reading an input while writing `t` is sound where they are apart, or exactly the same.
 inline void apart_or_same(const at::Tensor& t, const char* name, const at::Tensor& input,
                           const char* input_name) {
-  const auto status = at::get_overlap_status(t, input);
-  TORCH_CHECK_VALUE(status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::Full ||
-                        t.numel() == 0 || status == at::MemOverlapStatus::TooHard,
-                    name, " is written in place and shares part of its memory with ", input_name,
+  TORCH_CHECK_VALUE(memory::are_same(t, input) || !memory::may_overlap(t, input), name,
+                    " is written in place and shares part of its memory with ", input_name,
                     ": clone one of them first");
 }
 
 inline void apart(const at::Tensor& t, const char* name, const at::Tensor& other, const char* other_name) {
-  const auto status = at::get_overlap_status(t, other);
-  TORCH_CHECK_VALUE(
-      status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::TooHard || t.numel() == 0, name,
-      " and ", other_name, " are both written in place and share memory: clone one of them first");
+  TORCH_CHECK_VALUE(!memory::may_overlap(t, other), name, " is written in place and shares memory with ",
+                    other_name, ": clone one of them first");
+}
+
+// Of a value a sample: the same, and nothing of a single one.
+inline void apart(const at::Tensor& /*t*/, const char* /*name*/, double /*value*/, const char* /*of*/) {}
+
+inline std::string element(const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); }
+
+// A list that a call takes, and whether it is written in place.
+struct List {
+  at::TensorList tensors;
+  const char* name;
+  bool is_written;
+};
+
+// Tensors of lists that are written must be so that they can be, and apart from all else that the call takes;
+// or, where an op has each element read before it is written, an input may be exactly what stands at its
+// place in the list. A sweep over addresses, as pairs would be too many.
+inline void writable_and_apart(std::initializer_list<List> lists, bool or_same) {
+  struct Item {
+    const at::Tensor* t;
+    const List* list;
+    size_t index;
+    const char* begin;
+  };
+  std::vector<Item> items;
+  for (const List& list : lists) {
+    for (size_t i = 0; i < list.tensors.size(); ++i) {
+      const at::Tensor& t = list.tensors[i];
+      if (list.is_written) writable(t, element(list.name, i).c_str());
+      if (t.numel() > 0) items.push_back({&t, &list, i, memory::begin_of(t)});
+    }
+  }
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Item& a, const Item& b) { return a.begin < b.begin; });
+  for (auto a = items.begin(); a != items.end(); ++a) {
+    const char* const end = memory::end_of(*a->t);
+    for (auto b = a + 1; b != items.end() && b->begin < end; ++b) {
+      const Item &written = a->list->is_written ? *a : *b, &other = a->list->is_written ? *b : *a;
+      const bool is_itself = or_same && written.index == other.index && !other.list->is_written &&
+                             memory::are_same(*written.t, *other.t);
+      if (written.list->is_written && !is_itself)
+        apart(*written.t, element(written.list->name, written.index).c_str(), *other.t,
+              element(other.list->name, other.index).c_str());
+    }
+  }
 }
 
 }  // namespace blokern::checks

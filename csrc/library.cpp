@@ -1,7 +1,10 @@
 // Every op's schema, on one page. Kernels: <family>/register_<device>.cpp; fakes: blokern/ops/<family>.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -129,28 +132,60 @@ std::string replaced(std::string text, const std::string& word, const std::strin
   return text;
 }
 
+// Torch turns signs lazily (Tensor.is_neg). Its own way with ops that know nothing of it takes an in-place
+// op's result from the stack, where ours leave none, and corrupts a reference count. So those have this.
+void resolve_negative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto resolved = [](const at::Tensor& t, const c10::Argument& argument) {
+    const auto* const alias = argument.alias_info();
+    TORCH_CHECK_VALUE(!t.is_neg() || alias == nullptr || !alias->isWrite(), argument.name(),
+                      " is written in place, and its sign is yet to be turned: clone it first");
+    return t.resolve_neg();
+  };
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = torch::jit::peek(*stack, i, arguments.size());
+    if (value.isTensor()) {
+      value = resolved(value.toTensor(), arguments[i]);
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> list = value.toTensorVector();
+      for (at::Tensor& t : list) t = resolved(t, arguments[i]);
+      value = list;
+    }
+  }
+  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative),
+                     stack);
+}
+
 void define(torch::Library& m, const std::string& schema) {
   const bool is_random = schema.find("Generator") != std::string::npos;
   const std::vector<at::Tag> tags =
       is_random ? std::vector{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded}
                 : std::vector{at::Tag::pt2_compliant_tag};
-  m.def(replaced(schema, "NUMBER", "float").c_str(), tags);
+  m.def(schema.c_str(), tags);
+  if (schema.find('!') == std::string::npos) return;
+  m.impl(schema.substr(0, schema.find('(')).c_str(),
+         torch::dispatch(c10::DispatchKey::Negative,
+                         torch::CppFunction::makeFromBoxedFunction<&resolve_negative>()));
+}
+
+// NUMBER as float, and as the overload per_sample.
+void define_both(torch::Library& m, const std::string& schema) {
+  define(m, replaced(schema, "NUMBER", "float"));
   const size_t name_end = schema.find('(');
-  m.def((schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"))
-            .c_str(),
-        tags);
+  define(m,
+         schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"));
 }
 
 }  // namespace
 
 TORCH_LIBRARY(blokern, m) {
   for (const char* schema : kAttack) {
-    for (const char* norm : {"linf", "l2", "l1"}) define(m, replaced(schema, "NORM", norm));
+    for (const char* norm : {"linf", "l2", "l1"}) define_both(m, replaced(schema, "NORM", norm));
   }
-  define(m, kFastBat);
-  for (const char* schema : kProducts) m.def(schema, {at::Tag::pt2_compliant_tag});
-  for (const char* schema : kSelections) m.def(schema, {at::Tag::pt2_compliant_tag});
-  for (const char* schema : kCurvature) m.def(schema, {at::Tag::pt2_compliant_tag});
-  for (const char* schema : kVectors) m.def(schema, {at::Tag::pt2_compliant_tag});
-  for (const char* schema : kSteps) m.def(schema, {at::Tag::pt2_compliant_tag});
+  define_both(m, kFastBat);
+  for (const char* schema : kProducts) define(m, schema);
+  for (const char* schema : kSelections) define(m, schema);
+  for (const char* schema : kCurvature) define(m, schema);
+  for (const char* schema : kVectors) define(m, schema);
+  for (const char* schema : kSteps) define(m, schema);
 }

@@ -131,10 +131,11 @@ class SparseMask:
         """What `make` returned when it was first asked for under this key, since the bits last changed."""
         if self._cached_version != self.version:
             self._forget()
-        if key not in self._cache:
+        cache = self._cache  # another thread may begin a new one
+        if key not in cache:
             with torch.inference_mode(False):  # what is kept serves training too
-                self._cache[key] = make()
-        value: T = self._cache[key]
+                cache[key] = make()
+        value: T = cache[key]
         return value
 
     def stream(self, *, transposed: bool = False) -> Stream:

@@ -133,6 +133,8 @@ void pgd_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, Number 
                double clip_min, double clip_max, const OptionalTensor& active) {
   check_pgd_step(x_adv, x, grad, clip_min, clip_max);
   check_in_place(x_adv, "x_adv", {{x, "x"}, {grad, "grad"}});
+  checks::apart(x_adv, "x_adv", step_size, "step_size");
+  checks::apart(x_adv, "x_adv", eps, "eps");
   pgd_step_into<Device, norm, Number>(x_adv, x, grad, step_size, eps, clip_min, clip_max, active, x_adv);
   bump_version(x_adv);
 }
@@ -174,6 +176,7 @@ template <class Device, Norm norm, class Number>
 void project_(const Tensor& x_adv, const Tensor& x, Number eps, double clip_min, double clip_max,
               const OptionalTensor& active) {
   check_in_place(x_adv, "x_adv", {{x, "x"}});
+  checks::apart(x_adv, "x_adv", eps, "eps");
   project_into<Device, norm, Number>(x_adv, x, eps, clip_min, clip_max, active, x_adv);
   bump_version(x_adv);
 }
@@ -192,6 +195,10 @@ void apgd_step_(const Tensor& x_adv, const Tensor& x_prev, const Tensor& x, cons
   checks::writable(x_prev, "x_prev");
   for (const auto& [other, name] : {std::pair{x_adv, "x_adv"}, {x, "x"}, {grad, "grad"}}) {
     checks::apart(x_prev, "x_prev", other, name);
+  }
+  for (const auto& [written, name] : {std::pair{x_adv, "x_adv"}, {x_prev, "x_prev"}}) {
+    checks::apart(written, name, step_size, "step_size");
+    checks::apart(written, name, eps, "eps");
   }
   checks::box(clip_min, clip_max);
   TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, "momentum must be in [0, 1], got ", momentum);

@@ -95,9 +95,9 @@ struct Elu {
   double alpha, scale, input_scale;
   template <class V>
   BLOKERN_INLINE Slopes<V> operator()(V x) const {
-    const auto straight = less(V(0), x);
     const V bent = V(scale * alpha * input_scale) * exponential(V(input_scale) * x);
-    return {where(straight, V(scale), bent), where(straight, V(0), V(input_scale) * bent)};
+    // At 0 the slope is that of the left, and the second derivative 0: as torch has them.
+    return {where(less(V(0), x), V(scale), bent), where(less(x, V(0)), V(input_scale) * bent, V(0))};
   }
 };
 

@@ -23,7 +23,7 @@ class Operands {
            const OptionalTensor& weight_dot, const OptionalTensor& bias_dot, Stack stack)
       : x_(x.contiguous()),
         stacked_(stack.has_value()),
-        kinds_(kinds_of(weight, weight_dot, bias_dot, stacked_)),
+        kinds_(checked_kinds(kinds_of(weight, weight_dot, bias_dot, stacked_))),
         mean_(rows(mean, "mean")),
         rstd_(rows(rstd, "rstd")),
         weight_(weights(weight, "weight", {})),
@@ -55,6 +55,11 @@ class Operands {
     for (const OptionalTensor& t : {weight_dot, bias_dot})
       if (t.has_value() && t->dim() == 2 + stacked) return t->size(stacked);
     return 1;
+  }
+
+  static int64_t checked_kinds(int64_t kinds) {
+    TORCH_CHECK_VALUE(kinds > 0, "weight and its tangent must have at least one row, [kinds, D], got none");
+    return kinds;
   }
 
   Tensor rows(const Tensor& t, const char* name) const {

@@ -18,10 +18,11 @@
 
 namespace blokern::multi_tensor_ops {
 
-inline std::string element(const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); }
+using checks::element;
 
 // The tensors of a list are stacks [K, ...] of K columns, on one device.
 inline void check_list(at::TensorList list, const char* name) {
+  TORCH_CHECK_VALUE(!list.empty(), name, " must have at least one tensor, got an empty list");
   const std::string first = element(name, 0);
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string own = element(name, i);
@@ -47,7 +48,7 @@ inline Tensor coefficients(const Tensor& t, const char* name, at::TensorList lik
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == like[0].size(0), name, " must have shape [", like[0].size(0),
                     "], one value a column, got ", t.sizes());
   checks::same_device(t, name, like[0], "the tensors");
-  return t.contiguous();
+  return t.clone(at::MemoryFormat::Contiguous);  // it may lie in what is written
 }
 
 // Elements of a column.
@@ -123,10 +124,7 @@ template <class Device>
 void multi_tensor_axpby(at::TensorList y, at::TensorList x, const Tensor& a, const Tensor& b) {
   check_list(y, "y");
   check_like(x, "x", y, "y");
-  for (size_t i = 0; i < y.size(); ++i) {
-    checks::writable(y[i], element("y", i).c_str());
-    checks::apart_or_same(y[i], element("y", i).c_str(), x[i], element("x", i).c_str());
-  }
+  checks::writable_and_apart({{y, "y", true}, {x, "x", false}}, /*or_same=*/true);
   const Tensor of_x = coefficients(a, "a", y), of_y = coefficients(b, "b", y);
   const auto *const first = of_x.const_data_ptr<double>(), *const second = of_y.const_data_ptr<double>();
   const Strides strides = strides_of(y);
@@ -145,16 +143,8 @@ Tensor cg_update(at::TensorList x, at::TensorList r, at::TensorList p, at::Tenso
   check_like(r, "r", x, "x");
   check_like(p, "p", x, "x");
   check_like(ap, "ap", x, "x");
-  for (size_t i = 0; i < x.size(); ++i) {
-    const std::string solution = element("x", i), residual = element("r", i);
-    checks::writable(x[i], solution.c_str());
-    checks::writable(r[i], residual.c_str());
-    checks::apart(x[i], solution.c_str(), r[i], residual.c_str());
-    for (const auto& [t, name] : {std::pair{p[i], element("p", i)}, std::pair{ap[i], element("ap", i)}}) {
-      checks::apart_or_same(x[i], solution.c_str(), t, name.c_str());
-      checks::apart_or_same(r[i], residual.c_str(), t, name.c_str());
-    }
-  }
+  checks::writable_and_apart({{x, "x", true}, {r, "r", true}, {p, "p", false}, {ap, "ap", false}},
+                             /*or_same=*/true);
   const Tensor steps = coefficients(alpha, "alpha", x);
   const auto* const step = steps.const_data_ptr<double>();
   const Strides strides = strides_of(x);

@@ -19,6 +19,8 @@ inline Stack check_stack(const Tensor& t, const char* name, const Tensor& like, 
   TORCH_CHECK_VALUE(t.dim() == like.dim() + stacked && t.sizes().slice(stacked) == like.sizes(), name,
                     " must have the shape of ", like_name, ", ", like.sizes(),
                     ", or be a stack of such, got ", t.sizes());
+  TORCH_CHECK_VALUE(!stacked || t.size(0) > 0, name, " must be a stack of at least one vector, got shape ",
+                    t.sizes());
   checks::same_device(t, name, like, like_name);
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
                    like.scalar_type(), ", got ", t.scalar_type());

@@ -9,19 +9,54 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 
 #include "checks.h"
 #include "sparse/torch_ops.h"
 
 namespace blokern::conv_ops {
 
+// Kernels multiply such numbers as int64 and keep places as int32.
+inline void check_range(at::IntArrayRef numbers, int64_t least, const char* name) {
+  for (const int64_t number : numbers)
+    TORCH_CHECK_VALUE(number >= least && number <= kMostIndices, name, " must be in [", least,
+                      ", 2^31), got ", numbers);
+}
+
+inline int64_t checked_product(std::initializer_list<int64_t> sizes, const char* name) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    count *= size;
+    check_range(count, 0, name);
+  }
+  return count;
+}
+
 // What every plan begins with: the output, and the channels of the input.
 struct Sizes {
   int64_t rows, height, width, channels;
 
-  explicit Sizes(at::IntArrayRef geometry)
-      : rows(geometry[0]), height(geometry[1]), width(geometry[2]), channels(geometry[3]) {}
+  explicit Sizes(at::IntArrayRef geometry) {
+    TORCH_CHECK_VALUE(geometry.size() >= 4, "geometry must have at least 4 numbers, got ", geometry);
+    check_range(geometry, 0, "geometry");
+    rows = geometry[0];
+    height = geometry[1];
+    width = geometry[2];
+    channels = geometry[3];
+    TORCH_CHECK_VALUE(std::min(height, width) > 0, "geometry has an empty output: ", geometry);
+  }
 };
+
+// What every plan ends with: stride, padding and dilation, two each, and groups; beside a weight's shape.
+inline void check_numbers(at::IntArrayRef weight, at::IntArrayRef numbers) {
+  TORCH_CHECK_VALUE(weight.size() == 4 && numbers.size() == 7,
+                    "weight must be [out, in/groups, kh, kw], with 7 numbers, got ", weight, " and ",
+                    numbers);
+  check_range(weight, 0, "weight");
+  check_range(numbers, 0, "numbers");
+  TORCH_CHECK_VALUE(std::min({numbers[0], numbers[1], numbers[4], numbers[5], numbers[6]}) > 0,
+                    "stride, dilation and groups must be at least 1, got numbers ", numbers);
+}
 
 inline void check_images(const Tensor& x, const char* name, int64_t channels) {
   check_float(x, name);
@@ -51,6 +86,9 @@ inline void check_weight_gradient(const Tensor& grad, const Tensor& x, const Siz
   check_images(x, "x", g.channels);
   check_images(grad, "grad", g.rows);
   check_factor(grad, "grad", x, "x");
+  TORCH_CHECK_VALUE(grad.size(0) == x.size(0) && grad.size(2) == g.height && grad.size(3) == g.width,
+                    "grad must be [", x.size(0), ", ", g.rows, ", ", g.height, ", ", g.width, "], got ",
+                    grad.sizes());
 }
 
 inline void check_plan(const Tensor& like, at::TensorList streams, at::TensorList streams_t,
@@ -74,12 +112,14 @@ struct DenseConv {
   Tensor forward(const Tensor& x, at::IntArrayRef out, const Tensor& weight,
                  const OptionalTensor& bias) const {
     const NoAutocast guard(kAutocast);
+    check(x.sizes(), out, weight.sizes());
     return at::convolution(padded(x, out, weight.sizes()), weight, bias, stride, before, dilation, false,
                            zeros(), groups);
   }
 
   Tensor by_input(const Tensor& grad, at::IntArrayRef size, const Tensor& weight) const {
     const NoAutocast guard(kAutocast);
+    check(size, grad.sizes(), weight.sizes());
     const auto [rows, cols] = more(size, grad.sizes(), weight.sizes());
     const Tensor x = at::empty({size[0], size[1], size[2] + rows, size[3] + cols}, grad.options());
     const Tensor product = std::get<0>(backward(grad, x, weight, {true, false, false}));
@@ -88,12 +128,23 @@ struct DenseConv {
 
   Tensor by_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef weight) const {
     const NoAutocast guard(kAutocast);
+    check(x.sizes(), grad.sizes(), weight);
     const Tensor like = at::empty(weight, x.options());
     return std::get<1>(backward(grad, padded(x, grad.sizes(), weight), like, {false, true, false}));
   }
 
  private:
   static std::array<int64_t, 2> zeros() { return {0, 0}; }
+
+  // Torch trusts the shapes of a backward pass.
+  void check(at::IntArrayRef size, at::IntArrayRef out, at::IntArrayRef weight) const {
+    bool fits = size[1] == weight[1] * groups && out[1] == weight[0] && weight[0] % groups == 0;
+    for (int i = 0; i < 2; ++i)
+      fits &= size[2 + i] + 2 * before[i] < out[2 + i] * stride[i] + dilation[i] * (weight[2 + i] - 1) + 1;
+    TORCH_CHECK_VALUE(fits, "a convolution of images ", size, " by weight ", weight, ", stride ", stride,
+                      ", padding ", before, ", dilation ", dilation, " and ", groups,
+                      " groups does not give ", out);
+  }
 
   // Padding to the "same" size may be longer at the end: rows and columns that outputs read beyond the
   // padding on both sides.
@@ -117,6 +168,11 @@ struct DenseConv {
                                     false, zeros(), groups, wanted);
   }
 };
+
+// A convolution of no channels: y becomes its bias.
+inline Tensor fill_with_bias(const Tensor& y, const OptionalTensor& bias) {
+  return bias.has_value() ? y.copy_(bias->view({-1, 1, 1})) : y.zero_();
+}
 
 // y in the layout that every device gives it: x's where its samples are innermost, else contiguous.
 inline Tensor laid_out(const Tensor& y, const Tensor& x) {

@@ -1,18 +1,16 @@
 // Convolutions with a masked weight on CPU tensors: tiles, threads. Arithmetic: conv_cpu.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <numeric>
 #include <span>
 
 #include "sparse/conv.h"
 #include "sparse/conv_entries.h"
 #include "sparse/conv_planes.h"
-#include "sparse/register_conv.h"
+#include "sparse/register_conv_plan.h"
 #include "sparse/torch_cpu.h"
 
 namespace blokern {
@@ -20,31 +18,7 @@ namespace {
 
 using namespace conv_ops;
 
-// What blokern/ops/convolution.py says of a convolution, or of its gradient by the input, which is one too.
-struct Geometry : Sizes {
-  Tiling tiling;                // of the input
-  c10::ArrayRef<int64_t> rest;  // kPiece numbers for each piece of the output
-
-  // The output positions with a stream of their own: all, or those with equal remainders by the stride.
-  struct Positions {
-    int64_t block, origin_h, origin_w, stride_h, stride_w, height, width, step;
-  };
-  static constexpr int64_t kHead = 10, kPiece = 8;
-
-  explicit Geometry(c10::ArrayRef<int64_t> g)
-      : Sizes(g), tiling{g[3], g[4], g[5], g[6], g[7], g[8], g[9]}, rest(g.slice(kHead)) {}
-
-  size_t pieces() const { return rest.size() / kPiece; }
-  Positions piece(size_t i) const {
-    const int64_t* const p = rest.data() + kPiece * i;
-    return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-  }
-};
-
 constexpr int64_t kPackedBytes = 16 << 20;
-
-// Positions in a run of pixels: ops/convolution.py plans tiles of this width.
-constexpr int64_t kRunPositions = 16;
 
 // A layout in which the rows of a plane follow one another, and samples or pixels are innermost.
 Tensor tileable(const Tensor& x) {
@@ -57,18 +31,35 @@ Images<const T> images(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(3), x.size(2), x.size(3)};
 }
 
+Stream with_columns(Stream stream, const Tensor& column) {
+  stream.column = column.const_data_ptr<int32_t>();
+  return stream;
+}
+
 // Values in the stream's order; `source` is the entries' places in the weight.
 template <class T>
 void gather(const Stream& stream, const Tensor& source, const Tensor& weight, Accum<T>* values) {
-  Stream places = stream;
-  places.column = source.const_data_ptr<int32_t>();
+  const Stream places = with_columns(stream, source);
   over_rows(stream, 1, [&](int64_t b, int64_t e) {
     gather_values<T>(places, {weight.const_data_ptr<T>(), 0, 1}, values, b, e);
   });
 }
 
-Stream piece_stream(at::TensorList streams, size_t piece, int64_t rows, int64_t cols, int64_t block) {
-  return stream_of(streams[3 * piece], streams[3 * piece + 2], rows, cols, block);
+// The i-th piece's stream, its entries' places in a weight of that many elements, and in a tile that is
+// walked from `positions` on.
+Stream piece_stream(at::TensorList streams, size_t i, const Geometry& g, int64_t weight, const Walk& walk) {
+  const Tensor &source = streams[3 * i + 1], &offset = streams[3 * i + 2];
+  const Stream stream = stream_of(streams[3 * i], offset, g.rows, weight / g.rows, g.piece(i).block);
+  TORCH_CHECK_TYPE(source.scalar_type() == at::kInt, "source must be int32, got ", source.scalar_type());
+  TORCH_CHECK_VALUE(source.numel() == offset.numel() && source.is_contiguous(),
+                    "a stream must have a place in the weight for each of its ", offset.numel(),
+                    " entries, got ", source.numel());
+  const int64_t pixels = g.tiling.channels * g.tiling.plane() - walk.last(g.tiling);
+  over_rows(stream, 1, [&](int64_t b, int64_t e) {
+    check_places(stream, pixels, "offsets", b, e);
+    check_places(with_columns(stream, source), weight, "places in the weight", b, e);
+  });
+  return stream;
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_entries(const Tensor& words, at::IntArrayRef weight, int64_t groups,
@@ -78,8 +69,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_entries(const Tensor& words, at::IntAr
                         static_cast<int64_t>(place.size()) == weight[2],
                     "weight must be [rows, own, taps] with a place for each tap, got ", weight, " and ",
                     place);
-  const MaskWords mask = words_of(words, weight[1] * weight[2]);
-  TORCH_CHECK_VALUE(mask.rows == weight[0], "words must have ", weight[0], " rows, got ", words.sizes());
+  check_range(weight, 0, "weight");
+  check_range(place, -1, "place");
+  check_range({plane, block, groups}, 0, "plane, block and groups");
+  const MaskWords mask = words_of(words, weight[0], checked_product({weight[1], weight[2]}, "weight"));
+  checked_product({mask.rows, mask.cols}, "weight");
+  checked_product({std::max(weight[0], groups * weight[1]), plane}, "the tile");
+  for (const int64_t pixel : place)
+    TORCH_CHECK_VALUE(pixel < plane, "place must be below plane, ", plane, ", got ", pixel);
   const ConvEntries entries{groups, weight[1], weight[2], place.data(), plane, block, transposed};
   const int64_t rows = stream_rows(mask, entries), cols = stream_cols(mask, entries);
   const int64_t parts = (cols + block - 1) / block * rows;
@@ -101,11 +98,6 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_entries(const Tensor& words, at::IntAr
 
 // ---- 1 × 1 convolutions: a product with every pixel, so that pixels lie in the lanes, in whatever layout,
 // and no plane is padded or transposed. A tile is a run of pixels, kConvLanes of them to a position.
-
-bool is_pointwise(at::IntArrayRef weight, at::IntArrayRef numbers) {
-  const std::array<int64_t, 6> unit{1, 1, 0, 0, 1, 1};
-  return weight[2] == 1 && weight[3] == 1 && std::equal(unit.begin(), unit.begin() + 4, numbers.begin());
-}
 
 struct PixelRun {
   int64_t image, first;  // its pixel
@@ -186,16 +178,16 @@ void correlate_planes(const Tensor& x, const Tiling& tiling, const Piece<T>& pie
   });
 }
 
-// streams: start, source and offset of each piece. cols: of the weight as a matrix, for its blocks.
+// streams: start, source and offset of each piece.
 Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTensor& bias,
-                 at::TensorList streams, const Geometry& g, int64_t cols, bool pointwise) {
+                 at::TensorList streams, const Geometry& g, bool pointwise) {
   const Tensor x = tileable(images_in);
   const int64_t samples = x.size(0);
-  const std::vector<int64_t> sizes{samples, g.rows, g.height, g.width};
-  const int64_t row = g.width * samples;
-  Tensor y = is_batch_innermost(x) ? at::empty_strided(sizes, {1, g.height * row, row, samples}, x.options())
-                                   : at::empty(sizes, x.options());
+  Tensor y = is_batch_innermost(x)
+                 ? at::empty({g.rows, g.height, g.width, samples}, x.options()).permute({3, 0, 1, 2})
+                 : at::empty({samples, g.rows, g.height, g.width}, x.options());
   if (y.numel() == 0) return y;
+  if (weight.numel() == 0) return fill_with_bias(y, bias);
   const Tensor dense = weight.contiguous(), offsets = bias.has_value() ? bias->contiguous() : Tensor();
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
@@ -205,7 +197,7 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
     A* values = scratch<A, kValues>(entries);
     for (size_t i = 0; i < g.pieces(); ++i) {
       const Geometry::Positions p = g.piece(i);
-      const Stream stream = piece_stream(streams, i, g.rows, cols, p.block);
+      const Stream stream = piece_stream(streams, i, g, weight.numel(), {p.height, p.width, p.step});
       gather<T>(stream, streams[3 * i + 1], dense, values);
       pieces.push_back({stream, values, p.height, p.width, p.step, p.origin_h * g.width + p.origin_w,
                         p.stride_h * g.width, p.stride_w});
@@ -222,6 +214,21 @@ Tensor correlate(const Tensor& images_in, const Tensor& weight, const OptionalTe
     });
   });
   return y;
+}
+
+// Whether it is a product with every pixel; checks that all the plan says fits the images that are walked.
+bool checked_pointwise(const Geometry& g, at::IntArrayRef weight, at::IntArrayRef numbers, const Tensor& x) {
+  check_numbers(weight, numbers);
+  const bool pointwise = is_pointwise(weight, numbers);
+  pointwise ? g.check_runs(x.size(2), x.size(3)) : g.check_pieces();
+  return pointwise;
+}
+
+bool checked_pointwise(const Geometry& g, at::TensorList streams, at::IntArrayRef weight,
+                       at::IntArrayRef numbers, const Tensor& x) {
+  TORCH_CHECK_VALUE(streams.size() == 3 * g.pieces(), "a plan of ", g.pieces(), " pieces must have ",
+                    3 * g.pieces(), " tensors for its streams, got ", streams.size());
+  return checked_pointwise(g, weight, numbers, x);
 }
 
 enum class Product { kOutput, kByInput, kByWeight };
@@ -250,28 +257,29 @@ Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor
   const Geometry g(geometry);
   check_convolution(x, weight, bias, g);
   check_plan(x, streams, streams_t, words);
+  const bool pointwise = checked_pointwise(g, streams, weight.sizes(), numbers, x);
   if (dense_pays(Product::kOutput, weight, streams[1].numel(), x, numbers)) {
     const std::array<int64_t, 4> out{x.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).forward(x, out, masked_weight(weight, words), bias), x);
   }
-  return correlate(x, weight, bias, streams, g, weight[0].numel(), is_pointwise(weight.sizes(), numbers));
+  return correlate(x, weight, bias, streams, g, pointwise);
 }
 
 Tensor masked_conv2d_input(const Tensor& grad, const Tensor& weight, at::TensorList streams,
                            at::TensorList streams_t, at::IntArrayRef, at::IntArrayRef geometry,
                            at::IntArrayRef numbers, const Tensor& words, bool /*dense_grad*/) {
   const Geometry g(geometry);
-  check_images(grad, "grad", g.tiling.channels);
+  check_images(grad, "grad", g.channels);
   check_weight(weight, grad);
   check_plan(grad, streams, streams_t, words);
+  const bool pointwise = checked_pointwise(g, streams_t, weight.sizes(), numbers, grad);
   int64_t kept = 0;
   for (size_t i = 0; i < g.pieces(); ++i) kept += streams_t[3 * i + 1].numel();
   if (dense_pays(Product::kByInput, weight, kept, grad, numbers)) {
     const std::array<int64_t, 4> size{grad.size(0), g.rows, g.height, g.width};
     return laid_out(DenseConv(numbers).by_input(grad, size, masked_weight(weight, words)), grad);
   }
-  return correlate(grad, weight, {}, streams_t, g, weight.numel() / g.rows,
-                   is_pointwise(weight.sizes(), numbers));
+  return correlate(grad, weight, {}, streams_t, g, pointwise);
 }
 
 // A tile of the output's gradient and that of the input: what they are packed from, and where.
@@ -338,6 +346,16 @@ void for_each_pairs(const Tensor& grad, const Tensor& x, const Geometry& g, cons
   }
 }
 
+void check_weight_shape(at::IntArrayRef weight, at::IntArrayRef numbers, const Geometry& g, bool pointwise) {
+  check_range(weight, 0, "weight_shape");
+  const at::IntArrayRef dilation = DenseConv(numbers).dilation;
+  const int64_t groups = numbers[6];
+  const int64_t reach = (weight[2] - 1) * dilation[0] * g.tiling.width + (weight[3] - 1) * dilation[1];
+  TORCH_CHECK_VALUE(weight[0] == g.rows && g.rows % groups == 0 && weight[1] * groups == g.channels &&
+                        reach + g.walk(pointwise).last(g.tiling) < g.tiling.plane(),
+                    "weight_shape ", weight, " is not that of the plan");
+}
+
 // The tiling of the output's gradient.
 Tiling output_tiling(const Geometry& g, bool pointwise) {
   return {g.rows, 0, 0, g.tiling.height, pointwise ? kRunPositions : g.width, g.tiling.height, 1};
@@ -347,12 +365,14 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
                      at::IntArrayRef weight_shape, at::IntArrayRef numbers) {
   const Geometry g(geometry);
   check_weight_gradient(grad, x, g);
+  const bool pointwise = checked_pointwise(g, weight_shape, numbers, x);
+  check_weight_shape(weight_shape, numbers, g, pointwise);
   Tensor product = at::empty(weight_shape, x.options());
   if (x.size(0) == 0 || product.numel() == 0) return product.zero_();
   // Torch would copy samples-innermost factors first.
   if (!is_batch_innermost(x)) return DenseConv(numbers).by_weight(grad, x, weight_shape);
   const at::IntArrayRef dilation = DenseConv(numbers).dilation;
-  const int64_t own = weight_shape[1], cols = product.numel() / g.rows;
+  const int64_t own = weight_shape[1], cols = product.numel() / weight_shape[0];
   const int64_t groups = g.tiling.channels / own, filters = g.rows / groups;
   std::vector<int32_t> offset;
   for (int64_t c = 0; c < own; ++c) {
@@ -361,7 +381,6 @@ Tensor conv2d_weight(const Tensor& grad, const Tensor& x, at::IntArrayRef geomet
         offset.push_back(c * g.tiling.plane() + h * dilation[0] * g.tiling.width + w * dilation[1]);
     }
   }
-  const bool pointwise = is_pointwise(weight_shape, numbers);
   const Tiling out = output_tiling(g, pointwise);
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
@@ -397,14 +416,15 @@ Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList 
   const Geometry g(geometry);
   check_weight_gradient(grad, x, g);
   check_plan(x, streams, streams_t, words);
+  const bool pointwise = checked_pointwise(g, streams, weight_shape, numbers, x);
+  check_weight_shape(weight_shape, numbers, g, pointwise);
   Tensor product = at::empty(weight_shape, x.options());
-  if (x.size(0) == 0) return product.zero_();
+  if (x.size(0) == 0 || product.numel() == 0) return product.zero_();
   if (dense_pays(Product::kByWeight, product, streams[1].numel(), x, numbers))
     return masked_weight(conv2d_weight(grad, x, geometry, weight_shape, numbers), words);
   product.zero_();
   const Geometry::Positions p = g.piece(0);
-  const Stream stream = piece_stream(streams, 0, g.rows, product.numel() / g.rows, p.block);
-  const bool pointwise = is_pointwise(weight_shape, numbers);
+  const Stream stream = piece_stream(streams, 0, g, product.numel(), g.walk(pointwise));
   const Tiling out = output_tiling(g, pointwise);
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
@@ -416,8 +436,7 @@ Tensor masked_conv2d_weight(const Tensor& grad, const Tensor& x, at::TensorList 
                              b, e);
       });
     });
-    Stream places = stream;
-    places.column = streams[1].const_data_ptr<int32_t>();
+    const Stream places = with_columns(stream, streams[1]);
     over_rows(stream, 1, [&](int64_t b, int64_t e) {
       scatter_values<T>(places, values, {product.mutable_data_ptr<T>(), 0, 1}, b, e);
     });

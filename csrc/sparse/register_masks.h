@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <tuple>
 
 #include "checks.h"
@@ -22,7 +21,7 @@ Tensor mask_words(const Tensor& mask) {
   const Tensor dense = mask.contiguous();
   const int64_t rows = dense.size(0), cols = dense.size(1);
   Tensor words = at::empty({rows, row_words(cols)}, dense.options().dtype(at::kLong));
-  const MaskWords to = words_of(words, cols);
+  const MaskWords to = new_words(words, cols);
   Device::run(mask, rows, cols,
               [&](const auto&... where) { pack_mask(dense.const_data_ptr<bool>(), to, where...); });
   return words;
@@ -47,7 +46,7 @@ template <class Device>
 Tensor transpose_words(const Tensor& words, int64_t cols) {
   const MaskWords from = words_of(words, cols);
   Tensor transposed = at::empty({cols, row_words(from.rows)}, words.options());
-  const MaskWords to = words_of(transposed, from.rows);
+  const MaskWords to = new_words(transposed, from.rows);
   Device::run(words, row_words(from.rows), 64 * cols,
               [&](const auto&... where) { transpose_mask(from, to, where...); });
   return transposed;
@@ -56,8 +55,9 @@ Tensor transpose_words(const Tensor& words, int64_t cols) {
 template <class Device>
 std::tuple<Tensor, Tensor> mask_stream(const Tensor& words, int64_t cols, int64_t block) {
   const MaskWords mask = words_of(words, cols);
-  TORCH_CHECK_VALUE(block > 0 && block % 64 == 0, "block must be a positive multiple of 64, got ", block);
-  TORCH_CHECK_VALUE(mask.rows * cols <= std::numeric_limits<int32_t>::max(),
+  TORCH_CHECK_VALUE(block > 0 && block <= kMostIndices && block % 64 == 0,
+                    "block must be a positive multiple of 64, got ", block);
+  TORCH_CHECK_VALUE(cols == 0 || mask.rows <= kMostIndices / cols,
                     "mask must have fewer than 2^31 entries, got [", mask.rows, ", ", cols, "]");
   const int64_t parts = (cols + block - 1) / block * mask.rows;
   Tensor start = at::empty({parts + 1}, words.options().dtype(at::kInt));

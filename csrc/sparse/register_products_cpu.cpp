@@ -54,7 +54,7 @@ SkinnyRows<Accum<T>> skinny_rows(const Tensor& x) {
 template <class T>
 void skinny_spmm(const Tensor& weight, const Tensor& words, const Tensor& x, const T* offset,
                  const Matrix<T>& y) {
-  const MaskWords mask = words_of(words, weight.size(1));
+  const MaskWords mask = words_of(words, weight.size(0), weight.size(1));
   const SkinnyRows<Accum<T>> rows = skinny_rows<T>(x);
   at::parallel_for(0, mask.rows, grain(mask.cols), [&](int64_t b, int64_t e) {
     skinny_multiply<T>(mask, matrix<T>(weight), rows, offset, y, x.size(1), b, e);
@@ -67,7 +67,7 @@ void skinny_spmm_transposed(const Tensor& weight, const Tensor& words, const Ten
                             const Matrix<T>& y) {
   using A = Accum<T>;
   const int64_t rows = weight.size(0), samples = x.size(1);
-  const MaskWords mask = words_of(words, rows);
+  const MaskWords mask = words_of(words, weight.size(1), rows);
   const SkinnyRows<A> sums = skinny_scratch<A, kSums>(rows, samples);
   at::parallel_for(0, row_words(rows), grain(64 * mask.rows), [&](int64_t b, int64_t e) {
     skinny_multiply_transposed<T>(mask, matrix<T>(weight.t()), matrix<T>(x), sums, samples, b, e);
@@ -111,16 +111,25 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
         return skinny_spmm_transposed<T>(weight, *words_t, x, offset, out);
     }
     const A* const panels = packed<T, kFactor>(x);
-    A* const value = scratch<A, kValues>(column.numel());
     const bool transposed = start_t.has_value() && weight.stride(0) == 1 && weight.stride(1) != 1;
+    // Twice as many where a transpose leads through them: one that is of another mask ends within.
+    A* const value = scratch<A, kValues>((transposed ? 2 : 1) * column.numel());
     if (transposed) {
+      TORCH_CHECK_VALUE(column_t.has_value() && column_t->numel() == column.numel(),
+                        "the transposed mask's stream must have the mask's ", column.numel(), " entries");
       const Stream other = stream_of(*start_t, *column_t, cols, rows, block_t);
+      over_rows(stream, 1, [&](int64_t b, int64_t e) { check_places(stream, cols, "columns", b, e); });
+      over_rows(other, 1,
+                [&](int64_t b, int64_t e) { check_places(other, rows, "transposed columns", b, e); });
       at::parallel_for(
           0, stream.blocks(), grain(kept_entries(stream) / stream.blocks()),
           [&](int64_t b, int64_t e) { gather_transposed<T>(stream, other, matrix<T>(weight), value, b, e); });
     }
     over_rows(stream, samples, [&](int64_t b, int64_t e) {
-      if (!transposed) gather_values<T>(stream, matrix<T>(weight), value, b, e);
+      if (!transposed) {
+        check_places(stream, cols, "columns", b, e);
+        gather_values<T>(stream, matrix<T>(weight), value, b, e);
+      }
       spmm<T>(stream, value, panels, offset, out, samples, b, e);
     });
   });
@@ -135,8 +144,10 @@ Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor&
   const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
   dispatch(weight.scalar_type(), [&]<class T>() {
     Accum<T>* const value = values.mutable_data_ptr<Accum<T>>();
-    over_rows(stream, 1,
-              [&](int64_t b, int64_t e) { gather_values<T>(stream, matrix<T>(weight), value, b, e); });
+    over_rows(stream, 1, [&](int64_t b, int64_t e) {
+      check_places(stream, stream.cols, "columns", b, e);
+      gather_values<T>(stream, matrix<T>(weight), value, b, e);
+    });
   });
   return values;
 }
@@ -155,8 +166,10 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
     const A *const panels = packed<T, kFactor>(x), *const value = values.const_data_ptr<A>();
     const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
-    over_rows(stream, samples,
-              [&](int64_t b, int64_t e) { spmm<T>(stream, value, panels, offset, out, samples, b, e); });
+    over_rows(stream, samples, [&](int64_t b, int64_t e) {
+      check_places(stream, cols, "columns", b, e);
+      spmm<T>(stream, value, panels, offset, out, samples, b, e);
+    });
   });
   return y;
 }
@@ -178,7 +191,7 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
     using A = Accum<T>;
     T* const dense = product.mutable_data_ptr<T>();
     if (words.has_value() && samples <= kSkinnySamples) {
-      const MaskWords mask = words_of(*words, cols);
+      const MaskWords mask = words_of(*words, rows, cols);
       const SkinnyRows<A> b_rows = skinny_rows<T>(b);
       return at::parallel_for(0, rows, grain(cols), [&](int64_t first, int64_t last) {
         skinny_outer<T>(mask, matrix<T>(a), b_rows, dense, samples, first, last);
@@ -188,6 +201,7 @@ Tensor sddmm_op(const Tensor& a, const Tensor& b, const Tensor& start, const Ten
     const A* const b_panels = packed<T, kOtherFactor>(b);
     A* const value = scratch<A, kValues>(column.numel());
     over_rows(stream, samples, [&](int64_t first, int64_t last) {
+      check_places(stream, cols, "columns", first, last);
       sddmm<A>(stream, a_panels, b_panels, value, samples, first, last);
       spread_values<T>(stream, value, dense, first, last);
     });

@@ -41,7 +41,7 @@ const T* data_or_null(const Tensor& t) {
 
 // Y of few samples, written in x's layout.
 Tensor few_samples(const Tensor& weight, const Tensor& words, const Tensor& x, const Tensor& bias) {
-  const MaskWords mask = words_of(words, weight.size(1));
+  const MaskWords mask = words_of(words, weight.size(0), weight.size(1));
   const Tensor rows = x.stride(0) == 1 ? x.t() : x.t().contiguous();  // samples
   Tensor y = empty_product(mask.rows, x);
   dispatch(weight.scalar_type(), [&]<class T>() {
@@ -86,7 +86,7 @@ Tensor spmm(const Tensor& weight, const Tensor& x, const OptionalTensor& bias, c
   const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
   if (samples <= kFewSamples && weight.stride(1) == 1) return few_samples(weight, mask, x, offsets);
   if (entries_pay(start, column, weight))
-    return by_entries(checked_stream(start, column, rows, cols, block), weight, x, offsets);
+    return by_entries(shaped_stream(start, column, rows, cols, block), weight, x, offsets);
   if (words_t.has_value() && weight.stride(0) == 1)
     return dense_spmm(masked_weight<Cuda>(weight.t(), *words_t).t(), x, bias);
   return dense_spmm(masked_weight<Cuda>(weight, mask), x, bias);
@@ -99,11 +99,11 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor
   check_mask_device(a, start, column, words, start_t, column_t, words_t);
   const int64_t rows = a.size(0), cols = b.size(0), samples = a.size(1);
   const Tensor& bits = given(words);
-  const MaskWords mask = words_of(bits, cols);
+  const MaskWords mask = words_of(bits, rows, cols);
   Tensor product = at::empty({rows, cols}, a.options());
   if (samples == 0 || product.numel() == 0) return product.zero_();
   if (entries_pay(start, column, product)) {
-    const Stream stream = checked_stream(start, column, rows, cols, block);
+    const Stream stream = shaped_stream(start, column, rows, cols, block);
     const Tensor a_rows = a.contiguous(), b_rows = b.contiguous();
     product.zero_();
     dispatch_entries(a.scalar_type(), [&]<class T>() {
@@ -128,7 +128,7 @@ Tensor sddmm(const Tensor& a, const Tensor& b, const Tensor& start, const Tensor
 Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor& column, int64_t block) {
   check_matrix(weight, "weight");
   check_mask_device(weight, start, column);
-  const Stream stream = checked_stream(start, column, weight.size(0), weight.size(1), block);
+  const Stream stream = shaped_stream(start, column, weight.size(0), weight.size(1), block);
   const Tensor values = at::empty({column.numel()}, weight.options().dtype(sum_type(weight.scalar_type())));
   dispatch(weight.scalar_type(), [&]<class T>() {
     Cuda::run(weight, 0, 0, [&](const CudaCall& call) {
@@ -156,7 +156,7 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
   Tensor y = empty_product(rows, x);
   if (y.numel() == 0) return y;
   if (cols == 0) return bias.has_value() ? y.copy_(bias->unsqueeze(1)) : y.zero_();
-  const Stream stream = checked_stream(start, column, rows, cols, block);
+  const Stream stream = shaped_stream(start, column, rows, cols, block);
   const Tensor offsets = bias.has_value() ? bias->contiguous() : Tensor();
   if (!packed_pays(stream, column.numel(), x)) {
     const Tensor weight = at::zeros({rows, cols}, x.options());

@@ -17,7 +17,7 @@
 
 namespace blokern::pruning_ops {
 
-inline std::string element(const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); }
+using checks::element;
 
 inline void check_count(at::TensorList list, const char* name, at::TensorList like, const char* like_name) {
   TORCH_CHECK_VALUE(list.size() == like.size(), name, " must have as many tensors as ", like_name, ", ",
@@ -87,21 +87,16 @@ inline void check_call(const Call& call, const char* values_name) {
                       value.sizes());
     checks::same_device(value, name.c_str(), values[0], element(values_name, 0).c_str());
     checks::constant(value, name.c_str());
-    checks::writable(value, name.c_str());
     check_like(grads[i], element("grads", i), value, name);
-    checks::apart(value, name.c_str(), grads[i], element("grads", i).c_str());
-    if (!weights.empty()) {
-      check_like(weights[i], element("weights", i), value, name);
-      checks::apart(value, name.c_str(), weights[i], element("weights", i).c_str());
-    }
-    if (!buffers.empty()) {
-      const std::string buffer_name = element("momentum_buffers", i);
-      check_like(buffers[i], buffer_name, value, name);
-      checks::writable(buffers[i], buffer_name.c_str());
-      checks::apart(buffers[i], buffer_name.c_str(), value, name.c_str());
-    }
+    if (!weights.empty()) check_like(weights[i], element("weights", i), value, name);
+    if (!buffers.empty()) check_like(buffers[i], element("momentum_buffers", i), value, name);
     if (!words.empty() && value.numel() > 0) check_words(words[i], element("masks", i), value, name);
   }
+  checks::writable_and_apart({{values, values_name, true},
+                              {weights, "weights", false},
+                              {grads, "grads", false},
+                              {buffers, "momentum_buffers", true}},
+                             /*or_same=*/false);
 }
 
 // All is checked before anything is written.

@@ -42,12 +42,32 @@ inline bool may_be_dense(const Tensor& weight, int64_t positions) {
   return weight.scalar_type() != at::kDouble && weight.numel() * positions >= 1 << 20;
 }
 
+// The stream of a [rows, cols] matrix. Its start is checked to the last, since wherever it points is read and
+// written; what `column` holds is checked by those who walk it.
 inline Stream stream_of(const Tensor& start, const Tensor& column, int64_t rows, int64_t cols,
                         int64_t block) {
-  const Stream stream = checked_stream(start, column, rows, cols, block);
-  TORCH_CHECK_VALUE(stream.start[stream.blocks() * rows] == column.numel(),
+  const Stream stream = shaped_stream(start, column, rows, cols, block);
+  const int64_t parts = stream.blocks() * rows;
+  bool is_sorted = stream.start[0] == 0;
+  for (int64_t i = 0; i < parts; ++i) is_sorted &= stream.start[i] <= stream.start[i + 1];
+  TORCH_CHECK_VALUE(is_sorted && stream.start[parts] == column.numel(),
                     "the mask's stream is not that of a [", rows, ", ", cols, "] matrix");
   return stream;
+}
+
+// Each place of the stream's rows [begin, end) must be in [0, count). Threads check theirs as they come to
+// them, so that the walk then has them in its cache.
+inline void check_places(const Stream& stream, int64_t count, const char* name, int64_t begin, int64_t end) {
+  uint32_t most = 0;
+  bool any = false;
+  for (int64_t b = 0; b < stream.blocks(); ++b) {
+    const int32_t* const start = stream.start + b * stream.rows;
+    for (int32_t i = start[begin]; i < start[end]; ++i)
+      most = std::max(most, static_cast<uint32_t>(stream.column[i]));
+    any |= start[begin] < start[end];
+  }
+  TORCH_CHECK_VALUE(!any || most < count, "the stream's ", name, " must be in [0, ", count, "), got ",
+                    static_cast<int32_t>(most));
 }
 
 inline int64_t kept_entries(const Stream& stream) { return stream.start[stream.blocks() * stream.rows]; }

@@ -19,6 +19,9 @@ inline A* scratch(int64_t count) {
   };
   thread_local std::unique_ptr<A, Free> block;
   thread_local int64_t capacity = 0;
+#ifdef __SANITIZE_ADDRESS__
+  capacity = -1;  // a block of exactly the size that was asked for, so that a step past its end is seen
+#endif
   if (capacity < count) {
     block.reset();
     capacity = 0;

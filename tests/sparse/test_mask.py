@@ -78,6 +78,18 @@ def test_a_change_is_seen_and_counted() -> None:
     assert from_stream(mask, transposed=True).equal(changed.t())
 
 
+def test_a_change_while_something_is_made_for_it() -> None:
+    """As by another thread: what was asked for is given, and not kept."""
+    mask = SparseMask(torch.eye(3) > 0)
+
+    def make() -> int:
+        mask.update_(torch.ones(3, 3) > 0)
+        return mask.kept
+
+    assert mask.cached("made", make) == 9
+    assert mask.cached("made", lambda: 0) == 0
+
+
 def test_words_are_shared_and_checked() -> None:
     mask = SparseMask(masks((5, 70)))
     twin = SparseMask.of_words(mask.words, mask.shape)

@@ -144,6 +144,18 @@ def test_what_is_walked_is_made_once_a_mask_and_goes_with_it(monkeypatch: pytest
     assert len(traced._MASKS) == before
 
 
+def test_first_use_in_inference_mode_does_not_spoil_training() -> None:
+    model, x = network().eval(), images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x))
+    grads = [torch.autograd.grad(net(x).sum(), [*model.parameters()]) for net in (compiled, model)]
+    torch.testing.assert_close(*grads)
+    update(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_bool_masks_are_arguments_like_others(inference: bool) -> None:
     def run(x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
