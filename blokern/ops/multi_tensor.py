@@ -3,8 +3,8 @@
 A list has one tensor a parameter, each a stack [K, ...] of K columns, of any strides, float64, float32, bfloat16 or
 float16 (arithmetic at least float32, sums over blocks in float64). Coefficients and sums are float64 [K] on the
 tensors' device and stay there: nothing waits for a number. The order of a column's sums depends on its tensors' sizes
-alone, not on threads or on the columns beside it. None of these ops has a derivative. Errors are ValueError or
-TypeError, naming the argument, before anything is written.
+alone, not on threads or on the columns beside it. On a device without kernels they are plain torch. None of these ops
+has a derivative. Errors are ValueError or TypeError, naming the argument, before anything is written.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from blokern.ops import reference_curvature as reference
+from blokern.ops.curvature import has_kernels
 
 __all__ = ["cg_update_", "multi_tensor_axpby_", "multi_tensor_dot"]
 
@@ -27,6 +30,8 @@ def multi_tensor_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     tensor([5.], dtype=torch.float64)
     """
     _check_lists(a=a, b=b)
+    if not has_kernels(a[0].device):
+        return reference.multi_tensor_dot(a, b)
     products: Tensor = torch.ops.blokern.multi_tensor_dot(a, b)
     return products
 
@@ -42,7 +47,10 @@ def multi_tensor_axpby_(y: Sequence[Tensor], x: Sequence[Tensor], a: Tensor, b: 
     [tensor([[13., 26.]])]
     """
     _check_lists(y=y, x=x)
-    torch.ops.blokern.multi_tensor_axpby_(y, x, a, b)
+    if has_kernels(y[0].device):
+        torch.ops.blokern.multi_tensor_axpby_(y, x, a, b)
+    else:
+        reference.multi_tensor_axpby_(y, x, a, b)
 
 
 def cg_update_(
@@ -58,6 +66,8 @@ def cg_update_(
     (tensor([14.5000], dtype=torch.float64), [tensor([[0.5000, 0.5000]])])
     """
     _check_lists(x=x, r=r, p=p, ap=ap)
+    if not has_kernels(x[0].device):
+        return reference.cg_update_(x, r, p, ap, alpha)
     squares: Tensor = torch.ops.blokern.cg_update_(x, r, p, ap, alpha)
     return squares
 

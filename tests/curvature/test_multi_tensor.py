@@ -148,6 +148,14 @@ def test_a_neumann_step_has_the_residual_for_direction() -> None:
     torch.testing.assert_close(on["x"] + on["r"], exact["x"] + exact["r"])
 
 
+def test_a_device_without_kernels_has_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, b), exact = coefficients(3), double(lists(3, torch.float64))
+    expected = run(reference, exact, a, b)
+    monkeypatch.setattr(ops.multi_tensor, "has_kernels", lambda device: False)
+    found = run(ops, lists(3, torch.float64), a, b)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_versions_move_with_what_is_written() -> None:
     on, (a, b) = lists(2, torch.float64), coefficients(2)
     versions = {name: [t._version for t in tensors] for name, tensors in on.items()}
