@@ -54,6 +54,8 @@ def main() -> int:
             print(number, names[number % len(names)], file=sys.stderr, flush=True)
         try:
             name, more = run_case(number, names, options.hostile)
+        except KeyboardInterrupt:
+            break
         except Exception:
             failed += 1
             print(f"case {number} ({names[number % len(names)]}):", flush=True)
