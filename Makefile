@@ -53,12 +53,17 @@ cuda-emulation: build
 cuda-check: setup
 	$(BIN)/python tests/native/cuda_check.py
 
+LINK := build/cuda-link
+
 cuda-link:
-	$(PYTHON) -m venv build/cuda-link
-	build/cuda-link/bin/pip install -q torch==2.14.1 setuptools wheel ninja numpy
-	FORCE_CUDA=1 build/cuda-link/bin/pip install -q --no-build-isolation .
-	cd build && cuda-link/bin/python -c 'import torch, blokern; from blokern._backend import build_info; \
+	$(PYTHON) -m venv --clear $(LINK)
+	$(LINK)/bin/pip install -q torch==2.14.1 setuptools wheel ninja
+	git clone -q . $(LINK)/tree
+	FORCE_CUDA=1 $(LINK)/bin/pip install -q --no-build-isolation -e $(LINK)/tree
+	$(LINK)/bin/pip install -q -c constraints.txt pytest hypothesis expecttest safetensors
+	cd $(LINK)/tree && ../bin/python -c 'import torch; from blokern._backend import build_info; \
 		print(build_info()); assert torch._C._dispatch_has_kernel_for_dispatch_key("blokern::pgd_step_l2", "CUDA")'
+	cd $(LINK)/tree && ../bin/python -m pytest tests/attack tests/sparse tests/curvature tests/test_backend.py
 
 # On a machine with a GPU: build, tests, sanitizers, benchmarks, inside nine minutes, with PYTHON's own torch.
 gpu:
