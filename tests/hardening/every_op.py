@@ -22,8 +22,9 @@ _DRAWS, _SEED = 30, 27
 
 
 def names() -> list[str]:
-    """As the dispatcher has them, overloads too."""
-    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("blokern::"))
+    """As the dispatcher has them, overloads too; without the traced ones, which are Python that calls those."""
+    ours = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("blokern::"))
+    return sorted(name for name in ours if not name.startswith("blokern::traced_"))
 
 
 @cache
