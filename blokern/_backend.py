@@ -57,7 +57,8 @@ def _load_cuda(core: ModuleType) -> bool:
 
 
 def _refuse_cuda(core: ModuleType) -> None:
-    """Lets every op say on CUDA tensors why there are no kernels for them."""
+    """Lets every op say on CUDA tensors why there are no kernels for them, with the error of torch's dispatcher for
+    a device that an op is not built for."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
         raise NotImplementedError(

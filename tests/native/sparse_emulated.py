@@ -143,9 +143,7 @@ class EmulatedSparse:
 
     def spmm(self, weight, x, bias, start, column, block, words, *_) -> Tensor:
         rows, cols, samples = *weight.shape, x.shape[1]
-        batch_first = x.stride(0) == 1 and x.stride(1) != 1
-        y = torch.full((samples, rows) if batch_first else (rows, samples), torch.nan, dtype=x.dtype)
-        y = y.t() if batch_first else y
+        y = _empty_product(rows, x)
         if 0 in (rows, cols, samples):
             return y.copy_(bias[:, None]) if bias is not None else y.zero_()
         numbers = {"rows": rows, "cols": cols, "samples": samples, "block": block}
@@ -187,9 +185,7 @@ class EmulatedSparse:
 
     def packed_spmm(self, values, x, bias, start, column, block, rows) -> Tensor:
         cols, samples = x.shape
-        batch_first = x.stride(0) == 1 and x.stride(1) != 1
-        y = torch.full((samples, rows) if batch_first else (rows, samples), torch.nan, dtype=x.dtype)
-        y = y.t() if batch_first else y
+        y = _empty_product(rows, x)
         if 0 in (rows, cols, samples):
             return y.copy_(bias[:, None]) if bias is not None else y.zero_()
         numbers = {"rows": rows, "cols": cols, "samples": samples, "block": block}
@@ -215,3 +211,10 @@ def _sizes(mask: Tensor) -> dict[str, int]:
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, -1, dtype=dtype)
+
+
+def _empty_product(rows: int, x: Tensor) -> Tensor:
+    """[rows, samples] in x's layout, as product_ops::empty_product of csrc/sparse/register_products.h."""
+    batch_first = x.stride(0) == 1 and x.stride(1) != 1
+    y = torch.full((x.shape[1], rows) if batch_first else (rows, x.shape[1]), torch.nan, dtype=x.dtype)
+    return y.t() if batch_first else y
