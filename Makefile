@@ -30,21 +30,22 @@ docs: build
 # SUITE=attack, sparse, curvature or bilevel: that one alone.
 PEERS := .venv-peers
 SUITE ?= all
-ATTACKED := build/peers/small_cnn-64/best.pt
+ATTACKED := build/peers/small_cnn-64.pt
 ATTACKED_ON := $(if $(wildcard /usr/share/datasets/fashion-mnist),fashion-mnist,digits)
 
 bench-peers: build $(PEERS)/.setup $(ATTACKED)
 	$(PEERS)/bin/python -m benchmarks.peers $(SUITE) --checkpoint $(ATTACKED) --out benchmarks/results
 
-$(PEERS)/.setup: benchmarks/peers/requirements.txt constraints.txt
+$(PEERS)/.setup: benchmarks/peers/requirements.txt $(VENV)/.setup
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install -q -c constraints.txt torch numpy scipy matplotlib scikit-learn setuptools
+	$(PEERS)/bin/pip install -q -c constraints.txt torch setuptools -r $(VENV)/requirements.txt
 	$(PEERS)/bin/pip install -q --no-deps -r benchmarks/peers/requirements.txt
 	touch $@
 
 $(ATTACKED): | build
 	$(BIN)/blokern train pgd --data $(ATTACKED_ON) --train-limit 10000 --model small_cnn --width 64 --eps 0.1 --epochs 6 --lr 0.1 \
-		--augment false --seed 0 --threads 2 --out $(@D) --resume
+		--augment false --seed 0 --threads 2 --out $(@:.pt=) --resume
+	cp $(@:.pt=)/best.pt $@
 
 # The CUDA kernels without a GPU (docs/gpu.md): emulated; compiled by nvcc and inspected; linked to a CUDA build of torch.
 cuda-emulation: build

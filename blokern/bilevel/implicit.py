@@ -41,15 +41,15 @@ def implicit_gradient(
     >>> along, residual = implicit_gradient(model, cross_entropy, (x, y), grads, gamma=1.0, solve=cg_solve)
     """
     layers: dict[str, MaskedLayer] = {name: _layer(model, name) for name in grads}
-    masks = {name: layer.mask.to_dense() for name, layer in layers.items()}
+    names, data = [*map(_inner, grads)], [(batch, batch[1])]
+    b = {_inner(name): grad * layers[name].mask.to_dense() for name, grad in grads.items()}
+    # Of vectors within the masks, M H M is the Hessian that the masked weights have themselves, of sparse products.
+    system = HessianOperator(_Loss(model, loss_fn), _first, data, parameters=names, damping=gamma, keep=True)
+    solution = solve(_Averaged(system, average_), b)
+    del system  # with what it keeps of the forward pass
     with dense_grad(layers.values()):
-        hessian = HessianOperator(
-            _Loss(model, loss_fn), _first, [(batch, batch[1])], parameters=[*map(_inner, grads)], keep=True
-        )
-        b = {_inner(name): grad * masks[name] for name, grad in grads.items()}
-        solution = solve(_System(hessian, masks, gamma, average_), b)
-        product = hessian @ solution.x
-        average_(product.values())
+        hessian = HessianOperator(_Loss(model, loss_fn), _first, data, parameters=names)
+        product = _Averaged(hessian, average_) @ solution.x
     along = {}
     for name, g in grads.items():
         weight, q, h_q = layers[name].weight.detach(), solution.x[_inner(name)], product[_inner(name)]
@@ -74,27 +74,20 @@ def dense_grad(layers: Iterable[MaskedLayer]) -> Iterator[None]:
             layer.dense_grad = False
 
 
-class _System:
-    """M H M + γ I, on vectors that are zero where the mask is."""
+class _Averaged:
+    """An operator whose products are averaged over the processes."""
 
-    def __init__(
-        self,
-        hessian: HessianOperator,
-        masks: Mapping[str, Tensor],
-        gamma: float,
-        average_: Callable[[Iterable[Tensor]], None],
-    ) -> None:
-        self._hessian, self._gamma, self._average_ = hessian, gamma, average_
-        self._masks = {_inner(name): mask for name, mask in masks.items()}
+    def __init__(self, operator: HessianOperator, average_: Callable[[Iterable[Tensor]], None]) -> None:
+        self._operator, self._average_ = operator, average_
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        return self._hessian.parameters
+        return self._operator.parameters
 
     def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        product = self._hessian @ v
+        product = self._operator @ v
         self._average_(product.values())
-        return {name: t * self._masks[name] + self._gamma * v[name] for name, t in product.items()}
+        return product
 
 
 class _Loss(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -73,13 +74,16 @@ def compact(model: ModelT) -> ModelT:
     >>> compact(sparsify(net, {"0.weight": filter_mask(net[0].weight, 0.5)}))[1].in_channels
     4
     """
-    model = copy.deepcopy(model)
     graph = _Graph(model)
     live = graph.live()
+    copies: dict[int, Any] = {}  # of the model's objects, by id
     with torch.no_grad():
         for layer in graph.layers:
-            layer.take(live)
-    return model
+            layer.shrink(live, copies)
+        compacted = copy.deepcopy(model, copies)
+        for layer in graph.layers:
+            layer.finish(copies[id(layer.module)])
+    return compacted
 
 
 class _Tracer(fx.Tracer):
@@ -116,18 +120,28 @@ class _Layer:
 
     def __init__(self, module: Any, ids: Tensor, source: _Value | None = None) -> None:
         self.module, self.ids, self.source = module, ids, source
+        self.new_bias: nn.Parameter | None = None
 
-    def mask(self) -> Tensor:
-        """bool [out, in, taps]."""
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool, of the weight's shape; None: all are kept."""
+        return self.module.mask.to_dense().cpu() if type(self.module) in _MASKED else None
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """bool [out, in]: whether a weight is kept."""
+        if self.mask is None:
+            return torch.ones(self.module.weight.shape[:2], dtype=torch.bool)
+        return self.mask.unsqueeze(-1).flatten(2).any(2)
+
+    def sums(self, inputs: Tensor) -> Tensor:
+        """The kept weights' sums with inputs that are the same at all taps, float64 [out]; inputs: [in] or [out, 1]."""
         weight = self.module.weight
-        masked = type(self.module) in _MASKED
-        mask: Tensor = self.module.mask.to_dense().cpu() if masked else torch.ones(weight.shape).bool()
-        return mask.reshape(*weight.shape[:2], -1)
-
-    def totals(self) -> Tensor:
-        """The sums of the kept weights over the taps, float64 [out, in]."""
-        weight = _double(self.module.weight).reshape(self.mask().shape)
-        return weight.where(self.mask(), 0.0).sum(2)
+        columns = inputs.view(-1, weight.shape[1]).any(0).nonzero().flatten()  # few are not 0
+        part = _double(weight[:, columns])
+        if self.mask is not None:
+            part = part.where(self.mask[:, columns], 0.0)
+        return (part.unsqueeze(-1).flatten(2).sum(2) * inputs[..., columns]).sum(1)
 
     def folds(self, constant: Tensor) -> Tensor:
         """Which constant inputs are, to the outputs, a number: all, unless zeros lie around them."""
@@ -138,8 +152,8 @@ class _Layer:
     def constant(self, source: Tensor) -> Tensor:
         """The outputs' constants, of the inputs' constants; source: [in], or [out, 1] if each has one of its own."""
         folds = self.folds(source)
-        varies = (self.mask().any(2) & ~folds).any(1)
-        total = (self.totals() * source.where(folds, 0.0)).sum(1).where(~varies, torch.nan)
+        varies = (self.reads & ~folds).any(1)
+        total = self.sums(source.where(folds, 0.0)).where(~varies, torch.nan)
         bias = self.module.bias
         return total if bias is None else total + _double(bias)
 
@@ -147,43 +161,55 @@ class _Layer:
         """The ids of the inputs that live outputs read and no bias can replace."""
         if self.source is None:
             return self.ids[:0]
-        read = self.mask().any(2)[live[self.ids]].any(0)
+        read = self.reads[live[self.ids]].any(0)
         return self.source.ids[read & ~self.folds(self.source.constant)]
 
-    def take(self, live: Tensor) -> None:
-        """Shrink the module to its live channels."""
+    def shrink(self, live: Tensor, copies: dict[int, Any]) -> None:
+        """Put what stays of each of the module's tensors into `copies`."""
         module, rows = self.module, live[self.ids]
-        columns = None if self.source is None else live[self.source.ids]
+        columns = live[self.source.ids] if self.source is not None else live.new_ones(1)
+        parts = {
+            name: _part(tensor, rows, columns)
+            for name in ("weight", "bias", "running_mean", "running_var")
+            if (tensor := getattr(module, name, None)) is not None
+        }
+        if self.source is not None:
+            moved = self.sums(self.source.constant.nan_to_num(0.0).masked_fill(columns, 0.0))[rows]
+            if moved.any() and "bias" in parts:
+                parts["bias"] += moved.to(parts["bias"])
+            elif moved.any():
+                self.new_bias = nn.Parameter(moved.to(parts["weight"]), module.weight.requires_grad)
+        for name, smaller in parts.items():
+            tensor = getattr(module, name)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+        if self.mask is not None:
+            mask = SparseMask(_part(self.mask, rows, columns).to(module.weight.device))
+            copies[id(module.mask)], copies[id(module.mask_words)] = mask, mask.words
+        self.count = int(rows.sum())
 
-        def part(matrix: Tensor) -> Tensor:
-            return matrix[rows] if columns is None else matrix[rows][:, columns]
-
-        if self.source is not None and columns is not None:
-            moved = self.totals() @ self.source.constant.nan_to_num(0.0).masked_fill(columns, 0.0)
-            if moved.any():
-                old = module.weight.new_zeros(len(moved)) if module.bias is None else module.bias
-                trained = (module.weight if module.bias is None else module.bias).requires_grad
-                module.bias = nn.Parameter(old + moved.to(old), trained)
-        mask = part(module.mask.to_dense()) if type(module) in _MASKED else None
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            if (tensor := getattr(module, name, None)) is not None:
-                smaller = part(tensor) if name == "weight" else tensor[rows]
-                is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(
-                    module, name, nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
-                )
-        count = int(rows.sum())
+    def finish(self, module: Any) -> None:
+        """Let the module's copy know the sizes of its tensors."""
+        if self.new_bias is not None:
+            module.bias = self.new_bias
         if type(module) in _NORMS:
-            module.num_features = count
+            module.num_features = self.count
         elif type(module) in _LINEARS:
             module.out_features, module.in_features = module.weight.shape
         else:
-            module.groups = 1 if module.groups == 1 else count
-            module.out_channels, module.in_channels = count, module.weight.shape[1] * module.groups
-        if mask is not None:
-            module._take(SparseMask(mask))
-            if mask.all():
-                drop_mask(module)
+            module.groups = 1 if module.groups == 1 else self.count
+            module.out_channels, module.in_channels = self.count, module.weight.shape[1] * module.groups
+        if type(module) in _MASKED and module.mask.kept == module.weight.numel():
+            drop_mask(module)
+
+
+def _part(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A copy of what is live of the first dimension, and of the second if there is one."""
+    part = tensor
+    for dim, live in enumerate((rows, columns)[: tensor.dim()]):
+        if not live.all():
+            part = part.index_select(dim, live.nonzero().flatten().to(tensor.device))
+    return tensor.clone() if part is tensor else part
 
 
 class _Graph:

@@ -39,6 +39,10 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def memory(model: nn.Module) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()} - {0}
+
+
 def check(model: nn.Module, *shape: int) -> nn.Module:
     """Compact in both modes; returns the one in eval mode."""
     x = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -46,6 +50,7 @@ def check(model: nn.Module, *shape: int) -> nn.Module:
     for mode in (True, False):
         small = compact(model.train(mode))
         assert small.training == mode
+        assert not memory(small) & memory(model)
         assert all(map(torch.equal, model.state_dict().values(), before.values()))
         torch.testing.assert_close(small(x), copy.deepcopy(model)(x), rtol=1e-10, atol=1e-10)
         assert [p.shape for p in compact(small).parameters()] == [p.shape for p in small.parameters()]

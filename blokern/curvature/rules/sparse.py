@@ -79,15 +79,15 @@ class MaskedConvolution(Bilinear):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         if self._is_dense(b):
-            return aten.convolution(F.pad(a, self.pad), b, None, *self.how)  # type: ignore[no-any-return]
+            return aten.convolution(_padded(a, self.pad), b, None, *self.how)  # type: ignore[no-any-return]
         return MASKED_CONV2D(a, b, None, *self.plan, False)  # type: ignore[no-any-return]
 
     def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
         if self._is_dense(b):
-            x = F.pad(self.saved[0], self.pad)  # for its shape
+            x = _padded(self.saved[0], self.pad)  # for its shape
             wanted = (True, False, False)
             by_padded = aten.convolution_backward(grad, x, b, None, *self.how, wanted)[0]
-            return F.pad(by_padded, [-p for p in self.pad])
+            return _padded(by_padded, [-p for p in self.pad])
         return MASKED_CONV2D_INPUT(grad, b, *self.plan, False)  # type: ignore[no-any-return]
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
@@ -101,6 +101,11 @@ class MaskedConvolution(Bilinear):
 
     def as_output(self, c: Tensor) -> Tensor:
         return c.view(-1, 1, 1)
+
+
+def _padded(x: Tensor, pad: list[int]) -> Tensor:
+    """F.pad, which copies where there is nothing to pad, too."""
+    return F.pad(x, pad) if any(pad) else x
 
 
 RULES: dict[Any, Rule] = {SPMM: MaskedProduct, MASKED_CONV2D: MaskedConvolution}
