@@ -159,7 +159,14 @@ class MatrixProduct(Bilinear):
         return grad @ b.mT
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
+        if self.saved[1].mT.is_contiguous():  # a layer's weight, which is not to be copied when it is turned back
+            return (grad.mT @ a).mT
         return a.mT @ grad
+
+    def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
+        if grad_dot.dim() == a_dot.dim() == 2:
+            return self.by_b(grad_dot, a).addmm_(a_dot.mT, grad)
+        return super().by_b_twice(grad_dot, a, grad, a_dot)
 
 
 class AddedMatrixProduct(MatrixProduct):
