@@ -11,7 +11,7 @@ tensor that does not require grad is a constant, however it was made: detached, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -235,7 +235,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Tensors that ops have saved of the memory at hand are copied first; other tensors that see it have lost their
         values. The twin's rules get the old value as an alias, copied if they save it.
         """
-        written = [*_tensors([_argument(args, kwargs, where) for where in _mutable_arguments(func)])]
+        written = _tensors([_argument(args, kwargs, where) for where in _mutable_arguments(func)])
         target = args[0] if args else None
         op = None
         if _recorded(func) and len(written) == 1 and written[0] is target:
@@ -304,15 +304,21 @@ def _storage(t: Tensor) -> int:
     return storage
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     """The tensors of nested arguments."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors([*tree.values()])
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    found: list[Tensor] = []
+    for item in tree:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list | dict):
+            found += _tensors(item)
+    return found
 
 
 @cache
