@@ -50,6 +50,10 @@ class Bilinear(Op):
         """B_b(ġ, a) + B_b(g, ȧ): where it pays, as one product of twice the samples."""
         return self.by_b(grad_dot, a).add_(self.by_b(grad, a_dot))
 
+    def joining_pays(self, a: Tensor, grad: Tensor) -> bool:
+        """Whether a second gradient costs more than to read the samples once more and join them: where it is larger."""
+        return self.saved[1].numel() >= a.numel() + grad.numel()
+
     def plus(self, total: Maybe, product: Callable[[Tensor], Tensor], along: Maybe) -> Maybe:
         """total + product(along), in the memory of total, which is another product."""
         if along is None:
@@ -159,14 +163,16 @@ class MatrixProduct(Bilinear):
         return grad @ b.mT
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
-        if self.saved[1].mT.is_contiguous():  # a layer's weight, which is not to be copied when it is turned back
+        if self.saved[
+            1
+        ].mT.is_contiguous():  # a layer's weight, which is not to be copied when it is turned back
             return (grad.mT @ a).mT
         return a.mT @ grad
 
     def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
-        if grad_dot.dim() == a_dot.dim() == 2:
-            return self.by_b(grad_dot, a).addmm_(a_dot.mT, grad)
-        return super().by_b_twice(grad_dot, a, grad, a_dot)
+        if grad_dot.dim() != a_dot.dim() or not self.joining_pays(a, grad):
+            return super().by_b_twice(grad_dot, a, grad, a_dot)
+        return self.by_b(torch.cat([grad_dot, grad], -2), torch.cat([a, a_dot], -2))
 
 
 class AddedMatrixProduct(MatrixProduct):
@@ -249,8 +255,7 @@ class Convolution(Bilinear):
         if self._is_stack(grad_dot):
             pairs = zip(grad_dot, a_dot, strict=True)
             return torch.stack([self.by_b_twice(g_dot, a, grad, t_dot) for g_dot, t_dot in pairs])
-        # Reading the samples once more to join them costs less than a second gradient only where that is larger.
-        if self.saved[1].numel() < a.numel() + grad.numel():
+        if not self.joining_pays(a, grad):
             return super().by_b_twice(grad_dot, a, grad, a_dot)
         return self.by_b(torch.cat([grad_dot, grad]), torch.cat([a, a_dot]))
 
