@@ -50,6 +50,36 @@ SkinnyRows<Accum<T>> skinny_rows(const Tensor& x) {
   return rows;
 }
 
+// X [features, samples] as a stream's products read it, and those products.
+template <class T>
+class Samples {
+  using A = Accum<T>;
+
+ public:
+  explicit Samples(const Tensor& x) : count_(x.size(1)) {
+    if (count_ > kFewSamples) {
+      panels_ = packed<T, kFactor>(x);
+    } else {
+      const SkinnyRows<A> rows = skinny_rows<T>(x);
+      rows_ = {rows.data, rows.stride, 1};
+    }
+  }
+
+  // Rows [begin, end) of y = W X + offsets.
+  void multiply(const Stream& stream, const A* values, const T* offset, const Matrix<T>& y, int64_t begin,
+                int64_t end) const {
+    if (count_ > kFewSamples)
+      spmm<T>(stream, values, panels_, offset, y, count_, begin, end);
+    else
+      spmm_few<T>(stream, values, rows_, offset, y, count_, begin, end);
+  }
+
+ private:
+  int64_t count_;
+  const A* panels_ = nullptr;
+  Matrix<const A> rows_{};
+};
+
 // Y = W X + offsets, where W's rows are contiguous and `words` their mask's.
 template <class T>
 void skinny_spmm(const Tensor& weight, const Tensor& words, const Tensor& x, const T* offset,
@@ -110,7 +140,7 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
       if (words_t.has_value() && weight.stride(0) == 1)
         return skinny_spmm_transposed<T>(weight, *words_t, x, offset, out);
     }
-    const A* const panels = packed<T, kFactor>(x);
+    const Samples<T> in(x);
     const bool transposed = start_t.has_value() && weight.stride(0) == 1 && weight.stride(1) != 1;
     // Twice as many where a transpose leads through them: one that is of another mask ends within.
     A* const value = scratch<A, kValues>((transposed ? 2 : 1) * column.numel());
@@ -130,7 +160,7 @@ Tensor spmm_op(const Tensor& weight, const Tensor& x, const OptionalTensor& bias
         check_places(stream, cols, "columns", b, e);
         gather_values<T>(stream, matrix<T>(weight), value, b, e);
       }
-      spmm<T>(stream, value, panels, offset, out, samples, b, e);
+      in.multiply(stream, value, offset, out, b, e);
     });
   });
   return y;
@@ -164,11 +194,12 @@ Tensor packed_spmm_op(const Tensor& values, const Tensor& x, const OptionalTenso
   dispatch(x.scalar_type(), [&]<class T>() {
     using A = Accum<T>;
     const T* const offset = offsets.defined() ? offsets.const_data_ptr<T>() : nullptr;
-    const A *const panels = packed<T, kFactor>(x), *const value = values.const_data_ptr<A>();
+    const Samples<T> in(x);
+    const A* const value = values.const_data_ptr<A>();
     const Matrix<T> out{y.mutable_data_ptr<T>(), y.stride(0), y.stride(1)};
     over_rows(stream, samples, [&](int64_t b, int64_t e) {
       check_places(stream, cols, "columns", b, e);
-      spmm<T>(stream, value, panels, offset, out, samples, b, e);
+      in.multiply(stream, value, offset, out, b, e);
     });
   });
   return y;

@@ -47,6 +47,14 @@ template <class T>
 void spmm(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, const T* bias,
           const Matrix<T>& y, int64_t samples, int64_t begin, int64_t end);
 
+// The most samples for which a multiply-add each, entry by entry, costs less than one of a whole panel.
+constexpr int64_t kFewSamples = 4;
+
+// spmm of so few samples, which are the rows of x.
+template <class T>
+void spmm_few(const Stream& stream, const Accum<T>* values, const Matrix<const Accum<T>>& x, const T* bias,
+              const Matrix<T>& y, int64_t samples, int64_t begin, int64_t end);
+
 // values[i] ← ⟨row of A, row of B⟩ at the stream's i-th entry, for rows [begin, end).
 template <class A>
 void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values, int64_t samples,

@@ -111,6 +111,63 @@ void spmm(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, 
   });
 }
 
+namespace {
+
+// For samples [0, kSamples); chains of sums of their own hide a multiply-add's latency.
+template <class T, int kSamples>
+void multiply_few(const Stream& stream, const Accum<T>* values, const Matrix<const Accum<T>>& x,
+                  const T* bias, const Matrix<T>& y, int64_t begin, int64_t end) {
+  using A = Accum<T>;
+  constexpr int kChains = kSamples == 1 ? 8 : kSamples == 2 ? 4 : 2;
+  A* const partial = scratch<A>((end - begin) * kSamples);
+  const A* row[kSamples];
+  for (int s = 0; s < kSamples; ++s) row[s] = x.at(s, 0);
+  for (int64_t b = 0; b < stream.blocks(); ++b) {
+    const int32_t* const start = stream.start + b * stream.rows;
+    for (int64_t r = begin; r < end; ++r) {
+      A* const sums = partial + (r - begin) * kSamples;
+      A sum[kChains][kSamples] = {};
+      for (int s = 0; s < kSamples; ++s) {
+        if (b > 0) sum[0][s] = sums[s];
+        if (b == 0 && bias != nullptr) sum[0][s] = static_cast<A>(bias[r]);
+      }
+      int32_t i = start[r];
+      const auto add = [&](int chain) {
+        for (int s = 0; s < kSamples; ++s) sum[chain][s] += values[i] * row[s][stream.column[i]];
+        ++i;
+      };
+      for (const int32_t last = start[r + 1] - kChains; i <= last;) {
+#pragma GCC unroll 8
+        for (int chain = 0; chain < kChains; ++chain) add(chain);
+      }
+      while (i < start[r + 1]) add(0);
+      for (int s = 0; s < kSamples; ++s) {
+        for (int half = kChains / 2; half > 0; half /= 2) {
+          for (int chain = 0; chain < half; ++chain) sum[chain][s] += sum[chain + half][s];
+        }
+        sums[s] = sum[0][s];
+      }
+    }
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    for (int s = 0; s < kSamples; ++s) *y.at(r, s) = static_cast<T>(partial[(r - begin) * kSamples + s]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void spmm_few(const Stream& stream, const Accum<T>* values, const Matrix<const Accum<T>>& x, const T* bias,
+              const Matrix<T>& y, int64_t samples, int64_t begin, int64_t end) {
+  const auto multiply = [&]<int kSamples>() {
+    multiply_few<T, kSamples>(stream, values, x, bias, y, begin, end);
+  };
+  samples == 1   ? multiply.template operator()<1>()
+  : samples == 2 ? multiply.template operator()<2>()
+  : samples == 3 ? multiply.template operator()<3>()
+                 : multiply.template operator()<4>();
+}
+
 template <class A>
 void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values, int64_t samples,
            int64_t begin, int64_t end) {
@@ -134,7 +191,9 @@ void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values
   template void scatter_values<T>(const Stream&, const Accum<T>*, const Matrix<T>&, int64_t, int64_t); \
   template void spread_values<T>(const Stream&, const Accum<T>*, T*, int64_t, int64_t);                \
   template void spmm<T>(const Stream&, const Accum<T>*, const Accum<T>*, const T*, const Matrix<T>&,   \
-                        int64_t, int64_t, int64_t);
+                        int64_t, int64_t, int64_t);                                                    \
+  template void spmm_few<T>(const Stream&, const Accum<T>*, const Matrix<const Accum<T>>&, const T*,   \
+                            const Matrix<T>&, int64_t, int64_t, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)

@@ -41,7 +41,10 @@ void count_stream(const MaskWords& mask, int64_t block, int32_t* start, int64_t 
 void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int32_t* column, int64_t begin,
                  int64_t end);
 
-// CUDA kernels of the same, for all rows, queued on the call's stream.
+// The largest of places [count], of which negative ones are the largest; 0 of none.
+uint32_t largest_place(const int32_t* place, int64_t count);
+
+// CUDA kernels of what is above it, for all rows, queued on the call's stream.
 void pack_mask(const bool* mask, const MaskWords& to, const CudaCall& call);
 void unpack_mask(const MaskWords& from, bool* mask, const CudaCall& call);
 void transpose_mask(const MaskWords& from, const MaskWords& to, const CudaCall& call);

@@ -95,4 +95,10 @@ void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int
   });
 }
 
+uint32_t largest_place(const int32_t* place, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, static_cast<uint32_t>(place[i]));
+  return most;
+}
+
 }  // namespace blokern

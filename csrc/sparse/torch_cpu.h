@@ -62,8 +62,7 @@ inline void check_places(const Stream& stream, int64_t count, const char* name, 
   bool any = false;
   for (int64_t b = 0; b < stream.blocks(); ++b) {
     const int32_t* const start = stream.start + b * stream.rows;
-    for (int32_t i = start[begin]; i < start[end]; ++i)
-      most = std::max(most, static_cast<uint32_t>(stream.column[i]));
+    most = std::max(most, largest_place(stream.column + start[begin], start[end] - start[begin]));
     any |= start[begin] < start[end];
   }
   TORCH_CHECK_VALUE(!any || most < count, "the stream's ", name, " must be in [0, ", count, "), got ",
