@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from pathlib import Path
@@ -29,7 +30,11 @@ def main() -> int:
     )
     parser.add_argument("--images", type=int, default=1000, help="of the evaluation (default: 1000)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
-    parser.add_argument("--only", default="", help="only contests whose name contains this")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="only contests whose name contains this; the file's others stay as they are",
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pt of the network to attack")
     parser.add_argument("--out", type=Path, help="folder for JSON and PNG; benchmarks/results: the page, too")
     args = parser.parse_args()
@@ -57,11 +62,23 @@ def main() -> int:
         if args.out is not None:
             result = {"suite": f"peers_{suite}", "commit": commit(), **report([]), "rows": rows}
             result["versions"] |= _peers()
+            if args.only:
+                _keep_others(result, args.out)
             path = write(args.out, result)
             print(f"\nwritten: {path}, {plot.draw(path)}")
     if args.out is not None and args.out.resolve() == page.RESULTS:
         page.write()
     return 1 if unequal else 0
+
+
+def _keep_others(result: dict[str, Any], folder: Path) -> None:
+    """Add what the file that is there has of other contests."""
+    path = folder / f"{result['suite']}.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        held = {row["case"] for row in result["rows"]}
+        result["rows"] = [row for row in old["rows"] if row["case"] not in held] + result["rows"]
+        result["commit"] = ", ".join(dict.fromkeys([*old["commit"].split(", "), result["commit"]]))
 
 
 def _peers() -> dict[str, str]:

@@ -3,7 +3,8 @@
 All get the same images that the network classifies correctly, in the same batches, and the network with its parameters
 frozen, so that nobody computes gradients that are not used. One batch must hold out as well against each attack, to two
 or three images in a hundred, which rounding or the random start decides; where blokern's attack is another one, in L1,
-it must be no weaker. An evaluation must end with the same robust accuracy, to 0.1 points.
+it must be no weaker. In an evaluation ours must leave no more robust accuracy than the strongest of the peers, to 0.1
+points.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Norm = Literal["linf", "l2", "l1"]
 EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.5, "l1": 12.0}
 STEPS = 20
 BATCH = 128
-#: Points of robust accuracy that evaluations of the same network may differ by.
+#: Points of robust accuracy that random starts decide: an image of 1000.
 TOLERANCE = 0.1
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -148,7 +149,7 @@ def _alike(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: Norm, slack: float | None
 ) -> Callable[[Mapping[str, Tensor]], Mapping[str, str]]:
     """Points in ball and box, and the share of images that still hold within `slack` of ours (None: ours is not
-    higher)."""
+    higher, but for what rounding decides)."""
 
     def agree(results: Mapping[str, Tensor]) -> Mapping[str, str]:
         order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
@@ -162,7 +163,7 @@ def _alike(
             hold[name] = float((model(x_adv).argmax(1) == y).float().mean())
         for name, share in hold.items():
             if slack is None:
-                assert hold["blokern"] <= share + 0.01, (name, hold)
+                assert hold["blokern"] <= share + 0.03, (name, hold)
             else:
                 assert abs(share - hold["blokern"]) <= slack, (name, hold)
         return {name: f"{share:.1%} hold" for name, share in hold.items()}
@@ -206,9 +207,9 @@ def _evaluation(path: Path, images: int) -> Contest:
 
     def agree(results: Mapping[str, Evaluation]) -> Mapping[str, str]:
         robust = {name: 100 * result.robust_accuracy for name, result in results.items()}
-        least = min(robust.values())
-        for name, accuracy in robust.items():
-            assert accuracy <= least + TOLERANCE + 1e-9, (name, robust)
+        least = min(robust[name] for name in peers)
+        for name in robust.keys() - peers.keys():
+            assert robust[name] <= least + TOLERANCE + 1e-9, (name, robust)
         return {name: f"RA {accuracy:.2f} %" for name, accuracy in robust.items()}
 
     network = payload["recipe"]["model"]

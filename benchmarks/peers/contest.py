@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blokern._race import Case, run_case
+from blokern._race import Case, pretty, run_case
 
 Run = Callable[[], Any]
 #: All rivals' results -> what to say of each; AssertionError where they are not the same.
@@ -41,7 +41,11 @@ def hold(contest: Contest, rounds: int) -> list[dict[str, Any]]:
     rivals = {name: kept(name, run) for name, run in contest.rivals.items()}
     if contest.rounds is not None:
         rows = run_case(Case(contest.name, rivals, contest.ours, long=True), contest.rounds)
-        said = contest.agree(results)
+        try:
+            said = contest.agree(results)
+        except AssertionError as error:
+            took = ", ".join(f"{row.rival} {pretty(row.seconds)}" for row in rows)
+            raise AssertionError(f"{error}; it took {took}") from error
     else:
         for run in rivals.values():
             run()

@@ -19,6 +19,21 @@ SUITES = {
     "curvature": "Curvature",
     "bilevel": "Implicit gradients",
 }
+NOTES = {
+    "attack": (
+        "The network is trained by PGD on 10,000 images before the contests. All compute in float32; rows with a "
+        "surrogate take their steps by a copy of the network whose BatchNorms are folded into its convolutions, in "
+        "float32 or bfloat16, and every point that they find is judged by the network itself."
+    ),
+    "sparse": (
+        "Every rival gets its factors in the layout that serves it best. torch-pruning is told which filters go, where "
+        "`compact` reads masks: it finds what is constant or read by nobody, and moves constants into biases."
+    ),
+    "curvature": (
+        "blokern records the forward pass in Python, some 50 µs an op: that counts in a small network's product from "
+        "scratch, and not in a large one's. torch.func was compiled beforehand."
+    ),
+}
 HEAD = """# blokern beside other libraries
 
 The same work on the same inputs, in one run, the rivals in turns; a result is compared with the others' before its time
@@ -91,6 +106,8 @@ def _suite(results: Path, suite: str) -> Iterator[str]:
         f"{machine['processor']}; {machine['cores']} cores, {machine['threads']} threads; "
         f"{result['date'][:10]}, commit {result['commit']}.\n"
     )
+    if suite in NOTES:
+        yield NOTES[suite] + "\n"
     for case, rows in _contests(result).items():
         yield f"### {case}\n"
         yield verdict(rows)[1] + "\n"

@@ -1,8 +1,9 @@
 """Pruned layers and networks by blokern, torch's and scipy's CSR matrices, torch.nn.utils.prune and torch-pruning.
 
 torch.nn.utils.prune has two rows: with its hook, which multiplies by the mask at every forward pass and lets training
-go on, and after `prune.remove`, a dense weight with zeros in it. Compaction takes away the same filters by
-blokern.sparse.compact and by torch-pruning's dependency graph.
+go on, and after `prune.remove`, a dense weight with zeros in it. torch's and scipy's CSR products take and give
+matrices with samples innermost, and are given such; so is one row of blokern's. Compaction takes away the same filters
+by blokern.sparse.compact and by torch-pruning's dependency graph.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _linear(sparsity: int, batch: int) -> Contest:
     x = torch.randn(batch, WIDTH, generator=generator)
     masked = weight * mask
     columns = x.t().contiguous()
-    array, right = scipy.sparse.csr_matrix(masked.numpy()), columns.numpy()
+    array, right, innermost = scipy.sparse.csr_matrix(masked.numpy()), columns.numpy(), columns.t()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is in beta
         csr = masked.to_sparse_csr()
@@ -59,6 +60,7 @@ def _linear(sparsity: int, batch: int) -> Contest:
     hooked.requires_grad_(False)
     rivals: dict[str, Run] = {
         "blokern, packed": lambda: ops.packed_linear(x, packed),
+        "blokern, packed, samples innermost": lambda: ops.packed_linear(innermost, packed),
         "blokern, masked": lambda: ops.masked_linear(x, weight, sparse),
         "torch CSR": lambda: (csr @ columns).t(),
         "scipy CSR": lambda: torch.from_numpy(array @ right).t(),

@@ -125,7 +125,6 @@ def _run_options() -> list[Option]:
     left_out = (
         "seed",
         "cycle_momentum",
-        "sync_batch_norm",
         "eps",
         "val_steps",
         "val_restarts",

@@ -260,6 +260,7 @@ class Study:
             Trainer,
             TwoBatchRule,
         )
+        from blokern.distributed import sync_batch_norm
         from blokern.sparse import samples_innermost, sparsify
 
         model = self.dense.model()
@@ -272,6 +273,10 @@ class Study:
             rule = BiP(model, optimizer, plan.settings, processes=self.processes)
         else:
             rule = Plain(model, optimizer, PlainSettings(), self.processes)
+        if (
+            plan.training.sync_batch_norm
+        ):  # whose layers keep any layout, and are not torch's once they have this one
+            sync_batch_norm(model, self.processes)
         samples_innermost(model)
         return Trainer(
             rule,

@@ -120,7 +120,7 @@ class _Layer:
 
     def __init__(self, module: Any, ids: Tensor, source: _Value | None = None) -> None:
         self.module, self.ids, self.source = module, ids, source
-        self.new_bias: nn.Parameter | None = None
+        self.new_bias: nn.Parameter | None = None  # for constants that come, where there was none
 
     @cached_property
     def mask(self) -> Tensor | None:

@@ -113,44 +113,84 @@ void spmm(const Stream& stream, const Accum<T>* values, const Accum<T>* panels, 
 
 namespace {
 
-// For samples [0, kSamples); chains of sums of their own hide a multiply-add's latency.
+// The first `count` elements of p, or of those that lie in x at p; the lanes beyond are zero.
+template <class A>
+BLOKERN_INLINE VectorOf<A> load_first(const A* p, int count) {
+  VectorOf<A> v{};
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(A) == 4)
+    return bit_copy<VectorOf<A>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p));
+  else
+    return bit_copy<VectorOf<A>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p));
+#endif
+  if (count == Vector<A>::size) return load_vector(p);
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class A>
+BLOKERN_INLINE VectorOf<A> gather_first(const A* x, const int32_t* p, int count) {
+  VectorOf<A> v{};
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(A) == 4) {
+    const auto mask = static_cast<__mmask16>(lanes);
+    return bit_copy<VectorOf<A>>(
+        _mm512_mask_i32gather_ps(bit_copy<__m512>(v), mask, _mm512_maskz_loadu_epi32(mask, p), x, sizeof(A)));
+  } else {
+    const auto mask = static_cast<__mmask8>(lanes);
+    return bit_copy<VectorOf<A>>(_mm512_mask_i32gather_pd(bit_copy<__m512d>(v), mask,
+                                                          _mm256_maskz_loadu_epi32(mask, p), x, sizeof(A)));
+  }
+#elif defined(__AVX2__)
+  if (count == Vector<A>::size) {  // by the masked instruction, as gcc 12 warns of the other
+    const __m256i all = _mm256_set1_epi32(-1);
+    if constexpr (sizeof(A) == 4)
+      return bit_copy<VectorOf<A>>(_mm256_mask_i32gather_ps(bit_copy<__m256>(v), x, load_raw<__m256i>(p),
+                                                            bit_copy<__m256>(all), sizeof(A)));
+    else
+      return bit_copy<VectorOf<A>>(_mm256_mask_i32gather_pd(bit_copy<__m256d>(v), x, load_raw<__m128i>(p),
+                                                            bit_copy<__m256d>(all), sizeof(A)));
+  }
+#endif
+  for (int i = 0; i < count; ++i) v[i] = x[p[i]];
+  return v;
+}
+
+// For samples [0, kSamples): a row's entries lie in the lanes, whose sums are added up when all are there, of
+// as many rows at once as a vector has elements.
 template <class T, int kSamples>
 void multiply_few(const Stream& stream, const Accum<T>* values, const Matrix<const Accum<T>>& x,
                   const T* bias, const Matrix<T>& y, int64_t begin, int64_t end) {
   using A = Accum<T>;
-  constexpr int kChains = kSamples == 1 ? 8 : kSamples == 2 ? 4 : 2;
-  A* const partial = scratch<A>((end - begin) * kSamples);
-  const A* row[kSamples];
-  for (int s = 0; s < kSamples; ++s) row[s] = x.at(s, 0);
+  constexpr int n = Vector<A>::size;
+  A* const sums = scratch<A>((end - begin) * kSamples * n);  // [rows][samples][n]
   for (int64_t b = 0; b < stream.blocks(); ++b) {
     const int32_t* const start = stream.start + b * stream.rows;
     for (int64_t r = begin; r < end; ++r) {
-      A* const sums = partial + (r - begin) * kSamples;
-      A sum[kChains][kSamples] = {};
-      for (int s = 0; s < kSamples; ++s) {
-        if (b > 0) sum[0][s] = sums[s];
-        if (b == 0 && bias != nullptr) sum[0][s] = static_cast<A>(bias[r]);
+      A* const to = sums + (r - begin) * kSamples * n;
+      VectorOf<A> sum[kSamples];
+      for (int s = 0; s < kSamples; ++s) sum[s] = b == 0 ? VectorOf<A>{} : load_vector(to + s * n);
+      for (int32_t i = start[r]; i < start[r + 1]; i += n) {
+        const int count = std::min<int32_t>(n, start[r + 1] - i);
+        const VectorOf<A> weight = load_first(values + i, count);
+        for (int s = 0; s < kSamples; ++s)
+          sum[s] = multiply_add(weight, gather_first(x.at(s, 0), stream.column + i, count), sum[s]);
       }
-      int32_t i = start[r];
-      const auto add = [&](int chain) {
-        for (int s = 0; s < kSamples; ++s) sum[chain][s] += values[i] * row[s][stream.column[i]];
-        ++i;
-      };
-      for (const int32_t last = start[r + 1] - kChains; i <= last;) {
-#pragma GCC unroll 8
-        for (int chain = 0; chain < kChains; ++chain) add(chain);
-      }
-      while (i < start[r + 1]) add(0);
-      for (int s = 0; s < kSamples; ++s) {
-        for (int half = kChains / 2; half > 0; half /= 2) {
-          for (int chain = 0; chain < half; ++chain) sum[chain][s] += sum[chain + half][s];
-        }
-        sums[s] = sum[0][s];
-      }
+      for (int s = 0; s < kSamples; ++s) store_vector(to + s * n, sum[s]);
     }
   }
-  for (int64_t r = begin; r < end; ++r) {
-    for (int s = 0; s < kSamples; ++s) *y.at(r, s) = static_cast<T>(partial[(r - begin) * kSamples + s]);
+  for (int64_t r = begin; r < end; r += n) {
+    const int64_t count = std::min<int64_t>(n, end - r);
+    for (int s = 0; s < kSamples; ++s) {
+      VectorOf<A> parts[n] = {};
+      for (int64_t k = 0; k < count; ++k) parts[k] = load_vector(sums + ((r - begin + k) * kSamples + s) * n);
+      A totals[n];
+      store_vector(totals, sums_of<A>(parts));
+      for (int64_t k = 0; k < count; ++k)
+        *y.at(r + k, s) = static_cast<T>(totals[k] + (bias == nullptr ? A(0) : static_cast<A>(bias[r + k])));
+    }
   }
 }
 

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from blokern.bilevel import checkpoint
+from blokern.cli import main
 
 TRAIN = [
     "train",
@@ -55,3 +58,25 @@ def test_trains_and_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 8
     names = {"last.pt", "best.pt", "metrics.jsonl", "settings.yaml", "curves.png"}
     assert {p.name for p in tmp_path.iterdir()} >= names
+
+
+def test_prunes_as_one_process_with_the_statistics_of_the_whole_batch(tmp_path: Path) -> None:
+    words = [
+        "prune",
+        "omp",
+        "--density=0.3",
+        "--data=digits",
+        "--train-limit=200",
+        "--epochs=1",
+        "--batch-size=32",
+    ]
+    words += ["--width=2", "--seeds=0", "--augment=false", "--sync-batch-norm=true"]
+    assert main([*words, f"--out={tmp_path / 'one'}"]) == 0
+    run = torchrun("-m", "blokern", *words, f"--out={tmp_path / 'two'}")
+    said = run.communicate()[1]
+    assert run.returncode == 0, said
+    (one,), (two,) = (sorted((tmp_path / name).glob("omp/**/last.pt")) for name in ("one", "two"))
+    want, got = checkpoint.load(one)["model"], checkpoint.load(two)["model"]
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
