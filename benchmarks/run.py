@@ -83,7 +83,8 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
 def commit() -> str:
     """The commit measured; "-dirty" if anything but the results that a run itself writes differs from it."""
     revision = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
+    written = (":(exclude)results", ":(exclude,top)docs/benchmarks.md")
+    changed = _git("status", "--porcelain", "--", ":/", *written)
     return (revision or "unknown") + ("-dirty" if changed else "")
 
 

@@ -40,6 +40,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     unequal: list[str] = []
+    measured = commit()  # hours before the results
     keep_freed_memory()  # as `blokern evaluate` and the trainers do; it serves every rival
     for suite in SUITES if args.suite == "all" else [args.suite]:
         cases: Callable[..., Iterator[Contest]] = import_module(f"benchmarks.peers.{suite}").cases
@@ -60,7 +61,7 @@ def main() -> int:
                     )
                 rows += here
         if args.out is not None:
-            result = {"suite": f"peers_{suite}", "commit": commit(), **report([]), "rows": rows}
+            result = {"suite": f"peers_{suite}", "commit": measured, **report([]), "rows": rows}
             result["versions"] |= _peers()
             if args.only:
                 _keep_others(result, args.out)
