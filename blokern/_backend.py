@@ -61,6 +61,7 @@ def _refuse_cuda(core: ModuleType) -> None:
     a device that an op is not built for."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
+        # Nothing that is unfinished: this build leaves the kernels out, and this is what the dispatcher itself raises.
         raise NotImplementedError(
             f"blokern has no CUDA kernels ({core.cuda.removeprefix('no: ')}): build it again with FORCE_CUDA=1, "
             "which says what is missing, or move the tensors to the CPU"

@@ -105,7 +105,7 @@ for op, arguments in (
 ):
     try:
         op.redispatch(key, *arguments)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # as torch's dispatcher raises for a device without kernels
         print(error)
 print(ops.pgd_step(x, x, x, 0.1, 0.1).tolist())
 """

@@ -40,12 +40,14 @@ def test_a_page_says_first_where_a_peer_wins(tmp_path):
         "date": "2026-01-02T03:04",
         "commit": "abc",
         "rows": [row("blokern", 1.0, ours=True), row("peer", 0.5, result="error 1e-6")],
+        "left_out": {"products": "peer: relative error 0.5 of blokern"},
     }
     (tmp_path / "peers_sparse.json").write_text(json.dumps(result))
     text = page.render(tmp_path)
     assert "blokern is first in 0 of 1." in text
     assert "- sums: peer is first, 2.00 times faster than blokern." in text
     assert "| **blokern** | 2 ms | 1.00 | ±10% |  |\n| peer | 1 ms | 0.50 | ±10% | error 1e-6 |" in text
+    assert "### products\n\nNot measured: results were not the same. peer: relative error 0.5" in text
     assert "Versions: torch 2, peer 1." in text
 
 

@@ -39,20 +39,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for JSON and PNG; benchmarks/results: the page, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    unequal: list[str] = []
+    all_equal = True
     measured = commit()  # hours before the results
     keep_freed_memory()  # as `blokern evaluate` and the trainers do; it serves every rival
     for suite in SUITES if args.suite == "all" else [args.suite]:
         cases: Callable[..., Iterator[Contest]] = import_module(f"benchmarks.peers.{suite}").cases
         about = (args.checkpoint, args.images) if suite == "attack" else ()
         rows: list[dict[str, Any]] = []
+        left_out: dict[str, str] = {}
         for contest in cases(*about):
             if args.only in contest.name:
                 print(f"\n{contest.name}", flush=True)
                 try:
                     here = hold(contest, args.rounds)
                 except AssertionError as error:  # hours may have been measured before
-                    unequal.append(f"{contest.name}: {error}")
+                    left_out[contest.name] = str(error)
                     print(f"  NOT EQUAL, left out: {error}")
                     continue
                 for row in here:
@@ -60,8 +61,10 @@ def main() -> int:
                         f"  {row['rival']:36} {pretty(row['seconds']):>8} ×{row['times_ours']:.2f} {row['result']}"
                     )
                 rows += here
+        all_equal &= not left_out
         if args.out is not None:
             result = {"suite": f"peers_{suite}", "commit": measured, **report([]), "rows": rows}
+            result["left_out"] = left_out
             result["versions"] |= _peers()
             if args.only:
                 _keep_others(result, args.out)
@@ -69,7 +72,7 @@ def main() -> int:
             print(f"\nwritten: {path}, {plot.draw(path)}")
     if args.out is not None and args.out.resolve() == page.RESULTS:
         page.write()
-    return 1 if unequal else 0
+    return 0 if all_equal else 1
 
 
 def _keep_others(result: dict[str, Any], folder: Path) -> None:
@@ -77,8 +80,10 @@ def _keep_others(result: dict[str, Any], folder: Path) -> None:
     path = folder / f"{result['suite']}.json"
     if path.exists():
         old = json.loads(path.read_text())
-        held = {row["case"] for row in result["rows"]}
+        held = {row["case"] for row in result["rows"]} | result["left_out"].keys()
         result["rows"] = [row for row in old["rows"] if row["case"] not in held] + result["rows"]
+        others = {case: why for case, why in old.get("left_out", {}).items() if case not in held}
+        result["left_out"] = others | result["left_out"]
         result["commit"] = ", ".join(dict.fromkeys([*old["commit"].split(", "), result["commit"]]))
 
 

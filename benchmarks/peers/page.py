@@ -21,8 +21,8 @@ SUITES = {
 }
 NOTES = {
     "attack": (
-        "The network is trained by PGD on 10,000 images before the contests. All compute in float32; rows with a "
-        "surrogate take their steps by a copy of the network whose BatchNorms are folded into its convolutions, in "
+        "The network is trained by PGD on 10,000 images before the contests, and computes in float32 for all. Rows "
+        "with a surrogate take their steps by a copy of it whose BatchNorms are folded into its convolutions, in "
         "float32 or bfloat16, and every point that they find is judged by the network itself."
     ),
     "sparse": (
@@ -117,6 +117,9 @@ def _suite(results: Path, suite: str) -> Iterator[str]:
             spread = f"±{row['spread']:.0%}" if row["rounds"] > 1 else ""
             yield f"| {name} | {pretty(row['seconds'])} | {row['times_ours']:.2f} | {spread} | {row['result']} |"
         yield ""
+    for case, why in result.get("left_out", {}).items():
+        yield f"### {case}\n"
+        yield f"Not measured: results were not the same. {why}\n"
     yield f"![{SUITES[suite]}](../benchmarks/results/peers_{suite}.png)\n"
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
 

@@ -273,9 +273,8 @@ class Study:
             rule = BiP(model, optimizer, plan.settings, processes=self.processes)
         else:
             rule = Plain(model, optimizer, PlainSettings(), self.processes)
-        if (
-            plan.training.sync_batch_norm
-        ):  # whose layers keep any layout, and are not torch's once they have this one
+        if plan.training.sync_batch_norm:
+            # First, while the layers are torch's; SyncBatchNorm keeps whatever layout it meets.
             sync_batch_norm(model, self.processes)
         samples_innermost(model)
         return Trainer(

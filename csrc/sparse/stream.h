@@ -41,10 +41,7 @@ void count_stream(const MaskWords& mask, int64_t block, int32_t* start, int64_t 
 void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int32_t* column, int64_t begin,
                  int64_t end);
 
-// The largest of places [count], of which negative ones are the largest; 0 of none.
-uint32_t largest_place(const int32_t* place, int64_t count);
-
-// CUDA kernels of what is above it, for all rows, queued on the call's stream.
+// CUDA kernels of the same, for all rows, queued on the call's stream.
 void pack_mask(const bool* mask, const MaskWords& to, const CudaCall& call);
 void unpack_mask(const MaskWords& from, bool* mask, const CudaCall& call);
 void transpose_mask(const MaskWords& from, const MaskWords& to, const CudaCall& call);
@@ -53,5 +50,8 @@ void fill_stream(const MaskWords& mask, int64_t block, const int32_t* start, int
                  const CudaCall& call);
 // *count += how many bits of words [size] are set.
 void count_words(const uint64_t* words, int64_t size, int64_t* count, const CudaCall& call);
+
+// On the CPU: the largest of places [count], of which negative ones are the largest; 0 of none.
+uint32_t largest_place(const int32_t* place, int64_t count);
 
 }  // namespace blokern

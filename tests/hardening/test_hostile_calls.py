@@ -247,7 +247,7 @@ def test_no_scores_are_refused() -> None:
     """The public op in its own words; a raw call has no tensor that says which device it is for, as torch tells."""
     with pytest.raises(ValueError, match="scores"):
         ops.topk_mask([], 0.5)
-    with pytest.raises(NotImplementedError, match="no tensor arguments"):
+    with pytest.raises(NotImplementedError, match="no tensor arguments"):  # torch's dispatcher's
         native.topk_mask([], 0.5, False)
 
 

@@ -45,8 +45,9 @@ def test_every_instruction_set_computes_the_same() -> None:
     )
 
 
-def test_many_columns_in_blocks() -> None:
-    weight, mask, x = factors(30, 3000, 5, 0.05)
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])
+def test_many_columns_in_blocks(samples: int) -> None:
+    weight, mask, x = factors(30, 3000, samples, 0.05)
     packed = ops.pack_weight(weight, mask)
     assert 1 < packed.cols / packed.block < 4
     check_spmm(ops.packed_linear(x, packed).t(), weight, mask, x.t())

@@ -163,9 +163,8 @@ class MatrixProduct(Bilinear):
         return grad @ b.mT
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
-        if self.saved[
-            1
-        ].mT.is_contiguous():  # a layer's weight, which is not to be copied when it is turned back
+        b = self.saved[1]
+        if b.mT.is_contiguous():  # a layer's weight: its gradient is turned back, and then to be contiguous
             return (grad.mT @ a).mT
         return a.mT @ grad
 
