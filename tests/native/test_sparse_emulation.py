@@ -282,7 +282,8 @@ def test_packed_products_of_every_dtype(
 @one_schedule
 @with_emulated
 def test_packed_products_of_the_cpu_tests() -> None:
-    test_packed.test_many_columns_in_blocks()  # as packed on the CPU
+    for samples in (1, 5):
+        test_packed.test_many_columns_in_blocks(samples)  # as packed on the CPU
     for shape in ((7,), (2, 3, 7), (0, 7), (4, 14)):
         test_packed.test_any_shape_and_strides_of_x(shape)
 

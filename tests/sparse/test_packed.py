@@ -53,6 +53,14 @@ def test_many_columns_in_blocks(samples: int) -> None:
     check_spmm(ops.packed_linear(x, packed).t(), weight, mask, x.t())
 
 
+@pytest.mark.parametrize("samples", [1, 3, 17])
+def test_features_that_nobody_reads_may_be_anything(samples: int) -> None:
+    weight, mask, x = factors(9, 300, samples, 0.1, torch.float32)
+    mask[:, 0], mask[:, -1] = False, False
+    x[:, 0], x[:, -1] = float("nan"), float("inf")
+    assert ops.packed_linear(x, ops.pack_weight(weight, mask)).isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (0, 7), (4, 14)])
 def test_any_shape_and_strides_of_x(shape: tuple[int, ...]) -> None:
     weight, mask, _ = factors(5, 7, 1)
