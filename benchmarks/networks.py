@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,3 +24,15 @@ def images(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, 3, 32, 32, generator=generator)
     return x, torch.randint(10, (batch,), generator=generator)
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A forward pass in eval mode, of which autograd takes no note."""
+    model.eval()
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            output: Tensor = model(x)
+        return output
+
+    return run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from benchmarks.networks import images, network
+from benchmarks.networks import images, inference, network
 from blokern import keep_freed_memory, ops
 from blokern._race import Case
 from blokern.bilevel import OMP, BiP, BiPSettings, OMPSettings, Plain, PlainSettings
@@ -102,15 +102,6 @@ def _networks() -> Iterator[Case]:
     }
     training = {key: _training(*of, x, y) for key, of in pruned.items()}
     yield Case(f"{name}, batch {BATCH}: a training step", training | _dense(name), sparse)
-
-    def inference(model: nn.Module, x: Tensor) -> Run:
-        model.eval()
-
-        def run() -> object:
-            with torch.inference_mode():
-                return model(x)
-
-        return run
 
     last = x.contiguous(memory_format=torch.channels_last)
     rivals = {key: inference(model, x) for key, (model, _) in pruned.items()}

@@ -28,8 +28,13 @@ def row(rival, times, ours=False, result="", rounds=3):
 
 def test_the_verdict_is_of_our_fastest_and_the_fastest_peer():
     rows = [row("blokern", 1.0, ours=True), row("blokern, packed", 0.5), row("a", 0.75), row("b", 3.0)]
-    assert page.verdict(rows) == (True, "blokern, packed is first, 1.50 times faster than a.")
-    assert page.verdict([rows[0], *rows[2:]]) == (False, "a is first, 1.33 times faster than blokern.")
+    assert page.verdict(rows) == ("first", "blokern, packed is first, 1.50 times faster than a.")
+    assert page.verdict([rows[0], *rows[2:]]) == ("behind", "a is first, 1.33 times faster than blokern.")
+
+
+@pytest.mark.parametrize("times", [0.985, 1.0, 1.015])
+def test_rivals_within_two_percent_are_level(times):
+    assert page.verdict([row("blokern", 1.0), row("a", times)]) == ("level", "blokern and a are level.")
 
 
 def test_a_page_says_first_where_a_peer_wins(tmp_path):
@@ -44,7 +49,7 @@ def test_a_page_says_first_where_a_peer_wins(tmp_path):
     }
     (tmp_path / "peers_sparse.json").write_text(json.dumps(result))
     text = page.render(tmp_path)
-    assert "blokern is first in 0 of 1." in text
+    assert "blokern is first in 0 of 1, and level with the first in 0." in text
     assert "- sums: peer is first, 2.00 times faster than blokern." in text
     assert "| **blokern** | 2 ms | 1.00 | ±10% |  |\n| peer | 1 ms | 0.50 | ±10% | error 1e-6 |" in text
     assert "### products\n\nNot measured: results were not the same. peer: relative error 0.5" in text

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blokern._race import pretty
 
@@ -38,12 +39,15 @@ HEAD = """# blokern beside other libraries
 
 The same work on the same inputs, in one run, the rivals in turns; a result is compared with the others' before its time
 counts, and `result` says how. Times are medians; a ratio is the median over rounds of two times of one round: how many
-times longer than the row in bold a rival took. `make bench-peers` measures all of it again, in a venv of its own, and
-writes this page from the JSON files in [benchmarks/results](../benchmarks/results); the cases are in
-[benchmarks/peers](../benchmarks/peers), whose docstrings say what exactly is compared.
+times longer than the row in bold a rival took. Within 2 % two rivals are level: either may come out ahead, measured
+again. `make bench-peers` measures all of it, in a venv of its own, and writes this page from the JSON files in
+[benchmarks/results](../benchmarks/results); the cases are in [benchmarks/peers](../benchmarks/peers), whose docstrings
+say what exactly is compared.
 """
 
 Row = dict[str, Any]
+Place = Literal["first", "level", "behind"]
+LEVEL = 1.02
 
 
 def render(results: Path = RESULTS) -> str:
@@ -73,14 +77,16 @@ def is_ours(row: Row) -> bool:
     return str(row["rival"]).startswith("blokern")
 
 
-def verdict(rows: Sequence[Row]) -> tuple[bool, str]:
-    """Whether the fastest of ours is first, and the sentence that says so or who is."""
+def verdict(rows: Sequence[Row]) -> tuple[Place, str]:
+    """The place of the fastest of ours among the peers, and the sentence that says so."""
     ours = min(filter(is_ours, rows), key=lambda row: row["times_ours"])
     peer = min((row for row in rows if not is_ours(row)), key=lambda row: row["times_ours"])
     ratio = peer["times_ours"] / ours["times_ours"]
-    if ratio >= 1:
-        return True, f"{ours['rival']} is first, {ratio:.2f} times faster than {peer['rival']}."
-    return False, f"{peer['rival']} is first, {1 / ratio:.2f} times faster than {ours['rival']}."
+    if max(ratio, 1 / ratio) <= LEVEL:
+        return "level", f"{ours['rival']} and {peer['rival']} are level."
+    if ratio > 1:
+        return "first", f"{ours['rival']} is first, {ratio:.2f} times faster than {peer['rival']}."
+    return "behind", f"{peer['rival']} is first, {1 / ratio:.2f} times faster than {ours['rival']}."
 
 
 def _summary(results: Path) -> Iterator[str]:
@@ -89,11 +95,11 @@ def _summary(results: Path) -> Iterator[str]:
         yield "Nothing is measured yet.\n"
         return
     contests = [(case, *verdict(rows)) for result in measured for case, rows in _contests(result).items()]
-    lost = [f"- {case}: {sentence}" for case, first, sentence in contests if not first]
-    yield f"blokern is first in {len(contests) - len(lost)} of {len(contests)}.\n"
-    if lost:
+    count = Counter(place for _, place, _ in contests)
+    yield f"blokern is first in {count['first']} of {len(contests)}, and level with the first in {count['level']}.\n"
+    if others := [f"- {case}: {sentence}" for case, place, sentence in contests if place != "first"]:
         yield "## Where blokern is not first\n"
-        yield "\n".join(lost) + "\n"
+        yield "\n".join(others) + "\n"
 
 
 def _suite(results: Path, suite: str) -> Iterator[str]:

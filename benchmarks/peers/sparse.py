@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from benchmarks.networks import images, network
+from benchmarks.networks import images, inference, network
 from benchmarks.peers.contest import Agree, Contest, Run, close, flat
 from blokern import ops
 from blokern.bilevel import OMP, OMPSettings
@@ -102,16 +102,6 @@ def _pruned_networks() -> dict[str, tuple[nn.Module, torch.memory_format]]:
 
 def _inference() -> Contest:
     x, _ = images(BATCH)
-
-    def inference(model: nn.Module, x: Tensor) -> Run:
-        model.eval()
-
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return model(x)
-
-        return run
-
     rivals = {
         name: inference(model, x.contiguous(memory_format=form))
         for name, (model, form) in _pruned_networks().items()
@@ -163,9 +153,7 @@ def _compaction() -> Iterator[Contest]:
     kept = {name: ops.filter_mask(dense.get_submodule(name).weight.detach().abs(), 0.5) for name in inner}
 
     def ours() -> nn.Module:
-        return compact(
-            sparsify(copy.deepcopy(dense), {f"{name}.weight": mask for name, mask in kept.items()})
-        ).eval()
+        return compact(dense, {f"{name}.weight": mask for name, mask in kept.items()})
 
     def theirs() -> nn.Module:
         model = copy.deepcopy(dense)
@@ -191,15 +179,8 @@ def _compaction() -> Iterator[Contest]:
     agree: Agree = alike  # type: ignore[assignment]
     yield Contest("resnet18 without half of its inner filters: making the network", makers, first, agree)
 
-    def inference(model: nn.Module) -> Run:
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return model(x)
-
-        return run
-
-    made = {name: inference(make()) for name, make in makers.items()}
-    made["torch.nn.utils.prune, removed"] = inference(sparse_zeros(dense, kept))
+    made = {name: inference(make(), x) for name, make in makers.items()}
+    made["torch.nn.utils.prune, removed"] = inference(sparse_zeros(dense, kept), x)
     yield Contest(
         f"resnet18 without half of its inner filters, batch {BATCH}: inference",
         made,

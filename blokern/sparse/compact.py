@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +20,14 @@ from torch.nn import functional as F
 
 from blokern.ops.mask import SparseMask
 from blokern.sparse import layout
-from blokern.sparse.modules import MaskedConv2d, MaskedLinear, drop_mask, parameter_owners
+from blokern.sparse.modules import (
+    MaskedConv2d,
+    MaskedLinear,
+    checked_masks,
+    drop_mask,
+    give_mask,
+    parameter_owners,
+)
 
 __all__ = ["compact"]
 
@@ -56,8 +64,10 @@ _POOL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_avg_pool2d, F.adap
 _SIZES = ((0,), (2,), (3,))
 
 
-def compact(model: ModelT) -> ModelT:
+def compact(model: ModelT, masks: Mapping[str, Tensor | SparseMask] | None = None) -> ModelT:
     """A copy of the model without the channels that its masks make superfluous, and with the same outputs.
+
+    masks: those that layers would have after :func:`sparsify`, which this spares; the model itself stays as it is.
 
     Channels go that no kept weight reads, and those whose filter keeps nothing, which are constant: the constant moves
     into the biases of the layers that read it. Where that is not exact (zeros padded around a constant that is not
@@ -68,13 +78,13 @@ def compact(model: ModelT) -> ModelT:
     Known are Conv2d (plain, depthwise), Linear, BatchNorm, elementwise activations, dropout, pooling, flattening, means
     over the image, arithmetic between equally many channels, concatenation. Raises ValueError, naming the module, for
     anything else that channels pass through, for layers that are called twice or share parameters, and for a forward
-    that torch.fx cannot trace.
+    that torch.fx cannot trace; and what sparsify raises for masks.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
-    >>> compact(sparsify(net, {"0.weight": filter_mask(net[0].weight, 0.5)}))[1].in_channels
+    >>> compact(net, {"0.weight": filter_mask(net[0].weight, 0.5)})[1].in_channels
     4
     """
-    graph = _Graph(model)
+    graph = _Graph(model, {} if masks is None else dict(checked_masks(model, masks)))
     live = graph.live()
     copies: dict[int, Any] = {}  # of the model's objects, by id
     with torch.no_grad():
@@ -116,28 +126,45 @@ class _Value:
 
 
 class _Layer:
-    """A module with weights; the ids of its channels, and its input if it mixes those."""
+    """A module with weights; the ids of its channels, its input if it mixes those, and its mask if it has one."""
 
-    def __init__(self, module: Any, ids: Tensor, source: _Value | None = None) -> None:
+    def __init__(
+        self, module: Any, ids: Tensor, source: _Value | None = None, mask: SparseMask | None = None
+    ) -> None:
         self.module, self.ids, self.source = module, ids, source
+        self.new_mask: SparseMask | None = None
         self.new_bias: nn.Parameter | None = None  # for constants that come, where there was none
+        self._mask = mask
 
     @cached_property
     def mask(self) -> Tensor | None:
         """bool, of the weight's shape; None: all are kept."""
-        return self.module.mask.to_dense().cpu() if type(self.module) in _MASKED else None
+        return None if self._mask is None else self._mask.to_dense().cpu()
 
     @cached_property
-    def reads(self) -> Tensor:
+    def _reads(self) -> Tensor:
         """bool [out, in]: whether a weight is kept."""
-        if self.mask is None:
-            return torch.ones(self.module.weight.shape[:2], dtype=torch.bool)
+        assert self.mask is not None
         return self.mask.unsqueeze(-1).flatten(2).any(2)
+
+    def reading(self, inputs: Tensor) -> Tensor:
+        """bool [out]: which outputs read some of the inputs; inputs: bool [in], or [out, 1] if each has its own."""
+        if self.mask is None:
+            return inputs.any(-1).expand(len(self.module.weight))
+        return (self._reads & inputs).any(1)
+
+    def read_by(self, outputs: Tensor) -> Tensor:
+        """bool [in]: which inputs some of the outputs read; outputs: bool [out]."""
+        if self.mask is None:
+            return outputs.any().expand(self.module.weight.shape[1])
+        return self._reads[outputs].any(0)
 
     def sums(self, inputs: Tensor) -> Tensor:
         """The kept weights' sums with inputs that are the same at all taps, float64 [out]; inputs: [in] or [out, 1]."""
         weight = self.module.weight
         columns = inputs.view(-1, weight.shape[1]).any(0).nonzero().flatten()  # few are not 0
+        if len(columns) == 0:
+            return inputs.new_zeros(len(weight))
         part = _double(weight[:, columns])
         if self.mask is not None:
             part = part.where(self.mask[:, columns], 0.0)
@@ -152,24 +179,29 @@ class _Layer:
     def constant(self, source: Tensor) -> Tensor:
         """The outputs' constants, of the inputs' constants; source: [in], or [out, 1] if each has one of its own."""
         folds = self.folds(source)
-        varies = (self.reads & ~folds).any(1)
-        total = self.sums(source.where(folds, 0.0)).where(~varies, torch.nan)
+        total = self.sums(source.where(folds, 0.0)).where(~self.reading(~folds), torch.nan)
         bias = self.module.bias
         return total if bias is None else total + _double(bias)
+
+    @cached_property
+    def _irreplaceable(self) -> Tensor:
+        """bool [in]: the inputs that no bias can replace."""
+        assert self.source is not None
+        return ~self.folds(self.source.constant)
 
     def needs(self, live: Tensor) -> Tensor:
         """The ids of the inputs that live outputs read and no bias can replace."""
         if self.source is None:
             return self.ids[:0]
-        read = self.reads[live[self.ids]].any(0)
-        return self.source.ids[read & ~self.folds(self.source.constant)]
+        return self.source.ids[self.read_by(live[self.ids]) & self._irreplaceable]
 
     def shrink(self, live: Tensor, copies: dict[int, Any]) -> None:
         """Put what stays of each of the module's tensors into `copies`."""
         module, rows = self.module, live[self.ids]
         columns = live[self.source.ids] if self.source is not None else live.new_ones(1)
+        places = [_places(which, module.weight.device) for which in (rows, columns)]
         parts = {
-            name: _part(tensor, rows, columns)
+            name: _part(tensor, places)
             for name in ("weight", "bias", "running_mean", "running_var")
             if (tensor := getattr(module, name, None)) is not None
         }
@@ -184,8 +216,7 @@ class _Layer:
             is_parameter = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
         if self.mask is not None:
-            mask = SparseMask(_part(self.mask, rows, columns).to(module.weight.device))
-            copies[id(module.mask)], copies[id(module.mask_words)] = mask, mask.words
+            self.new_mask = SparseMask(_part(self.mask.to(module.weight.device), places))
         self.count = int(rows.sum())
 
     def finish(self, module: Any) -> None:
@@ -199,25 +230,34 @@ class _Layer:
         else:
             module.groups = 1 if module.groups == 1 else self.count
             module.out_channels, module.in_channels = self.count, module.weight.shape[1] * module.groups
-        if type(module) in _MASKED and module.mask.kept == module.weight.numel():
-            drop_mask(module)
+        if self.new_mask is not None:
+            give_mask(module, self.new_mask)
+            if self.new_mask.kept == module.weight.numel():
+                drop_mask(module)
 
 
-def _part(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A copy of what is live of the first dimension, and of the second if there is one."""
+def _places(live: Tensor, device: torch.device) -> Tensor | None:
+    """Where they are, None for all."""
+    return None if live.all() else live.nonzero().flatten().to(device)
+
+
+def _part(tensor: Tensor, places: Sequence[Tensor | None]) -> Tensor:
+    """A copy of these places of the first dimension, and of the second if there is one."""
     part = tensor
-    for dim, live in enumerate((rows, columns)[: tensor.dim()]):
-        if not live.all():
-            part = part.index_select(dim, live.nonzero().flatten().to(tensor.device))
+    for dim, index in enumerate(places[: tensor.dim()]):
+        if index is not None:
+            part = part.index_select(dim, index)
     return tensor.clone() if part is tensor else part
 
 
 class _Graph:
     """What :func:`compact` knows of a model: its layers, and which channels are the same."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, masks: Mapping[nn.Module, SparseMask]) -> None:
         self.layers: list[_Layer] = []
-        self._same: list[int] = []  # each id's parent, in the forest of ids that are the same
+        self._masks = masks  # instead of the layers' own
+        self._count = 0  # of ids
+        self._same: list[tuple[Tensor, Tensor]] = []  # ids, and ids of the same channels
         self._pinned: list[Tensor] = []
         self._owners = parameter_owners(model)
         tracer = _Tracer()
@@ -237,7 +277,7 @@ class _Graph:
 
     def live(self) -> Tensor:
         """bool, by id: the channels that stay."""
-        root = torch.tensor([self._root(i) for i in range(len(self._same))], dtype=torch.int64)
+        root = self._roots()
         live = torch.zeros(len(root), dtype=torch.bool)
         for layer in self.layers:
             layer.ids = root[layer.ids]
@@ -256,15 +296,21 @@ class _Graph:
                 if before.equal(live):
                     return live
 
-    def _root(self, i: int) -> int:
-        while self._same[i] != i:
-            self._same[i] = i = self._same[self._same[i]]
-        return i
+    def _roots(self) -> Tensor:
+        """By id, the least id of the same channel."""
+        root = torch.arange(self._count)
+        while True:
+            before = root.clone()
+            for ids, others in self._same:
+                least = torch.minimum(root[ids], root[others])
+                root.scatter_reduce_(0, ids, least, "amin").scatter_reduce_(0, others, least, "amin")
+            root = root[root]
+            if before.equal(root):
+                return root
 
     def _new_ids(self, count: int) -> Tensor:
-        start = len(self._same)
-        self._same += range(start, start + count)
-        return torch.arange(start, start + count)
+        self._count += count
+        return torch.arange(self._count - count, self._count)
 
     def _visit(self, node: fx.Node) -> _Value | None:
         inputs = [self._values[n] for n in node.all_input_nodes]
@@ -345,13 +391,14 @@ class _Graph:
             if value.form != form:
                 raise ValueError(f"its input has the form of {value.form}")
         rows, columns = module.weight.shape[:2]
+        mask = self._masks.get(module, module.mask if type(module) in _MASKED else None)
         if groups > 1:
             assert value is not None
             if not groups == rows == module.in_channels:
                 raise ValueError(f"it has {groups} groups, and only depthwise convolutions may have groups")
-            layer = self._add(_Layer(module, value.ids))
+            layer = self._add(_Layer(module, value.ids, mask=mask))
             return replace(value, constant=layer.constant(value.constant.unsqueeze(1)))
-        layer = self._add(_Layer(module, self._new_ids(rows), value))
+        layer = self._add(_Layer(module, self._new_ids(rows), value, mask))
         constant = torch.full((columns,), torch.nan).double() if value is None else value.constant
         return _Value(layer.ids, layer.constant(constant), form)
 
@@ -378,8 +425,7 @@ class _Graph:
                 raise ValueError(
                     f"its operands differ: {len(first.ids)} channels of {first.form}, {len(other.ids)} of {other.form}"
                 )
-            for one, two in zip(first.ids.tolist(), other.ids.tolist(), strict=True):
-                self._same[self._root(two)] = self._root(one)
+            self._same.append((first.ids, other.ids))
         if fixed:  # and of a shape that is not known
             self._pinned += [value.ids for value in known]
             return replace(first, constant=torch.full_like(first.constant, torch.nan))

@@ -122,15 +122,24 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
     >>> model[0].mask.shape
     torch.Size([4, 8])
     """
+    for module, mask in checked_masks(model, masks):
+        give_mask(module, mask)
+    return model
+
+
+def checked_masks(
+    model: nn.Module, masks: Mapping[str, Tensor | SparseMask]
+) -> list[tuple[nn.Module, SparseMask]]:
+    """The layers and their masks, as :func:`sparsify` takes them, with its errors and warning."""
     modules = dict(model.named_modules())
     owners = parameter_owners(model)
-    planned: list[tuple[nn.Module, SparseMask]] = []
+    found: list[tuple[nn.Module, SparseMask]] = []
     for name, given in masks.items():
         path, _, leaf = name.rpartition(".")
         module = modules.get(path)
         if leaf != "weight" or module is None or type(module) not in {*_MASKED, *_DENSE}:
-            found = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"masks: {name!r} must be the weight of an nn.Linear or nn.Conv2d, got {found}")
+            got = "no such module" if module is None else type(module).__name__
+            raise ValueError(f"masks: {name!r} must be the weight of an nn.Linear or nn.Conv2d, got {got}")
         if len(shared := owners[id(module.weight)]) > 1:
             raise ValueError(
                 f"masks: {name!r} is shared between {' and '.join(map(repr, shared))}; untie it first"
@@ -139,13 +148,16 @@ def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
         mask = as_mask(given)
         check_mask(mask, module.weight, name)
         if mask.kept == 0:
-            warnings.warn(f"masks: {name!r} keeps no weight: the layer's output is its bias", stacklevel=2)
-        planned.append((module, mask))
-    for module, mask in planned:
-        module.__class__ = _MASKED.get(type(module), type(module))
-        assert isinstance(module, _Masked)
-        module._take(mask)
-    return model
+            warnings.warn(f"masks: {name!r} keeps no weight: the layer's output is its bias", stacklevel=3)
+        found.append((module, mask))
+    return found
+
+
+def give_mask(module: nn.Module, mask: SparseMask) -> None:
+    """Make a layer a masked one, or change its mask for another."""
+    module.__class__ = _MASKED.get(type(module), type(module))
+    assert isinstance(module, _Masked)
+    module._take(mask)
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -188,8 +200,9 @@ def to_dense(model: ModelT) -> ModelT:
 
 def drop_mask(module: Any) -> None:
     """Make a masked layer a dense one, with zeros for its masked weights."""
-    with torch.no_grad():
-        module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
+    if module.mask.kept < module.weight.numel():
+        with torch.no_grad():
+            module.weight.masked_fill_(~module.mask.to_dense(), 0.0)
     del module.mask_words, module._mask
     module.__dict__.pop("dense_grad", None)
     module.__class__ = _DENSE[type(module)]

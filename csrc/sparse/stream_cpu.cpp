@@ -14,6 +14,13 @@ inline uint64_t pack_byte(const bool* from) {
   return (bytes * 0x0102040810204080ull) >> 56;
 }
 
+// Back: of eight copies of the byte the i-th keeps bit i, which the sum carries to the top of its byte.
+inline void unpack_byte(uint64_t bits, bool* to) {
+  const uint64_t kept = (bits & 0xff) * 0x0101010101010101ull & 0x8040201008040201ull;
+  const uint64_t bytes = (kept + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
 // Hacker's Delight, 7-3: 64 × 64 bits in six rounds of swapped quarters.
 void transpose_block(uint64_t (&block)[64]) {
   uint64_t low = 0x00000000ffffffffull;
@@ -58,7 +65,10 @@ void unpack_mask(const MaskWords& from, bool* mask, int64_t begin, int64_t end) 
   const int64_t words = row_words(from.cols);
   for (int64_t r = begin; r < end; ++r) {
     const uint64_t* const row = from.words + r * words;
-    for (int64_t c = 0; c < from.cols; ++c) mask[r * from.cols + c] = (row[c / 64] >> (c % 64)) & 1;
+    bool* const to = mask + r * from.cols;
+    int64_t c = 0;
+    for (; c + 8 <= from.cols; c += 8) unpack_byte(row[c / 64] >> (c % 64), to + c);
+    for (; c < from.cols; ++c) to[c] = (row[c / 64] >> (c % 64)) & 1;
   }
 }
 

@@ -74,13 +74,12 @@ def tried(interpreter: str, torch: str, folder: Path, with_tests: bool) -> dict[
     facts: dict[str, object] = json.loads(run(user, tree / "tests/packaging/smoke.py", cwd=folder / "empty"))
     if with_tests:
         run(builder, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", f"{tree}[dev]", cwd=folder)
-        told = subprocess.run(
-            [str(builder), "-m", "pytest", "-p", "no:cacheprovider", "-v"],
-            cwd=tree,
-            capture_output=True,
-            text=True,
-        )
-        facts["tests"] = re.sub(r"=+|in [\d.]+s.*", "", told.stdout.strip().splitlines()[-1]).strip()
+        command = [str(builder), "-m", "pytest", "-p", "no:cacheprovider", "-v"]
+        told = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout.strip()
+        facts["tests"] = re.sub(r"=+|in [\d.]+s.*", "", told.splitlines()[-1]).strip()
+        if failures := re.findall(r"^(?:FAILED|ERROR) (\S+)", told, re.MULTILINE):
+            facts["failures"] = failures
+            print(told[told.find("= FAILURES =") :], file=sys.stderr)
     return facts
 
 

@@ -77,6 +77,38 @@ def test_networks(name: str, masking: Masking) -> None:
     ]
 
 
+@pytest.mark.parametrize("given_over", [False, True], ids=["dense", "masked before"])
+def test_masks_that_the_model_does_not_have(given_over: bool) -> None:
+    torch.manual_seed(0)
+    model = scattered(models.build("resnet18", width=4, num_classes=3)).eval()
+    masks = {
+        name: ops.filter_mask(p, 0.5) if name.endswith("conv1.weight") else torch.rand_like(p) < 0.7
+        for name, p in model.named_parameters()
+        if p.dim() > 1
+    }
+    want = compact(sparsify(copy.deepcopy(model), masks))
+    if given_over:
+        sparsify(model, {name: torch.rand(mask.shape) < 0.5 for name, mask in masks.items()})
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    small = compact(model, masks)
+    assert [type(module) for module in model.modules()] == kinds
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert [type(module) for module in small.modules()] == [type(module) for module in want.modules()]
+    torch.testing.assert_close(dict(small.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
+    with pytest.raises(ValueError, match=r"masks: '2\.weight' must be the weight of .*, got no such module"):
+        compact(net, {"2.weight": torch.ones(1, 1) > 0})
+    with pytest.raises(ValueError, match="mask"):
+        compact(net, {"0.weight": torch.ones(8, 3) > 0})
+    with pytest.warns(UserWarning, match="keeps no weight") as told:
+        compact(net, {"0.weight": torch.zeros(8, 3, 3, 3) > 0})
+    assert told[0].filename == __file__
+
+
 def test_removed_filters_take_their_readers_along() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
