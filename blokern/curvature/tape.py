@@ -10,6 +10,7 @@ tensor that does not require grad is a constant, however it was made: detached, 
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from blokern.curvature.op import Call, Op
 from blokern.curvature.rules import RULES
@@ -120,6 +120,29 @@ def _fused(ops: Sequence[Op], reads: Counter[int | None]) -> list[Op]:
     return [*made.values()]
 
 
+class _ByTensor:
+    """What is known of tensors, which it keeps alive as little as torch's WeakTensorKeyDictionary does; in a tenth of
+    its time, as keys are only ever looked up by tensors at hand. A tensor is the key, not its storage."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], int | str]] = {}
+
+    def get(self, t: Tensor) -> int | str | None:
+        entry = self._entries.get(id(t))  # or a dead tensor's with the same id
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+    def __setitem__(self, t: Tensor, known: int | str) -> None:
+        self._entries[id(t)] = weakref.ref(t), known
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are alive."""
+        found = [t for ref, _ in self._entries.values() if (t := ref()) is not None]
+        for t in found:
+            if hasattr(t, "_fix_weakref"):  # autograd may have been the only one to hold it: torch.utils.weak
+                t._fix_weakref()
+        return found
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes the tape of what runs inside it. `refusal` says why there can be none, None while there can."""
 
@@ -127,8 +150,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.refusal: str | None = None
         self._ops: list[Op] = []
-        # A tensor's value, or why it has none. Tensors are the keys, not storages: a view is a value of its own.
-        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # A tensor's value, or why it has none. A view is a value of its own.
+        self._values = _ByTensor()
         # Which ops have saved a tensor of a storage, and in which place.
         self._savers: dict[int, list[tuple[Op, int]]] = {}
         # Values of our own ops inside a Function: torch.library's, which the witness has to confirm.
@@ -155,7 +178,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The value that a tensor stands for, None for a constant; refuses the tape if t is neither."""
         if not t.requires_grad:
             return None
-        value = self._values.get(t)  # type: ignore[no-untyped-call]
+        value = self._values.get(t)
         if isinstance(value, int):
             if value in self._own and "_blokern_" not in t.grad_fn.name():  # type: ignore[union-attr]
                 self.refuse(t.grad_fn.name())  # type: ignore[union-attr]
@@ -187,8 +210,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, call: Call) -> None:
         """Put an op with a differentiable argument on the tape."""
+        given = _tensors((*call.args, *call.kwargs.values()))
         outs = [out for out in _tensors((call.out,)) if out.is_floating_point()]
-        if not outs or not any(t.requires_grad for t in _tensors((call.args, call.kwargs))):
+        if not outs or not _differentiable(given):
             return
         rule = RULES.get(call.func)
         made = None if rule is None else rule(call)
@@ -198,16 +222,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         ops = [made] if isinstance(made, Op) else made
         for op, out in zip(ops, outs, strict=False):
-            if self._connect(op, call):
+            if self._connect(op, call, given):
                 self._push(op, out)
 
-    def _connect(self, op: Op, call: Call) -> bool:
-        """Find the op's inputs; False, and the tape refused, if its rules lack a derivative that is wanted."""
+    def _connect(self, op: Op, call: Call, given: Sequence[Tensor]) -> bool:
+        """Find the op's inputs; False, and the tape refused, if its rules lack a derivative that is wanted.
+
+        given: the call's tensors.
+        """
         slots = op.slots(call.args)
         op.inputs = tuple(self.value(a) if isinstance(a, Tensor) else None for a in slots)
         known = range(len(slots)) if op.differentiable is None else op.differentiable
         differentiable = {id(slots[slot]) for slot in known if slot < len(slots)}
-        for t in _tensors((call.args, call.kwargs)):
+        for t in given:
             if id(t) not in differentiable and self.value(t) is not None:
                 self.refuse(
                     f"{call.func} with a derivative by an argument that its rules take for a constant"
@@ -237,10 +264,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         written = _tensors([_argument(args, kwargs, where) for where in _mutable_arguments(func)])
         target = args[0] if args else None
-        op = None
-        if _recorded(func) and len(written) == 1 and written[0] is target:
+        op, given = None, _tensors((*args, *kwargs.values()))
+        if _recorded(func) and len(written) == 1 and written[0] is target and _differentiable(given):
             op = self._twin(func, args, kwargs, written[0])
-        if op is not None and self._connect(op, Call(func, args, kwargs, target)):
+        if op is not None and self._connect(op, Call(func, args, kwargs, target), given):
             for place, t in enumerate(op.saved):
                 if t is not target and _storage(t) == _storage(written[0]):
                     op.saved[place] = t.clone()
@@ -256,7 +283,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The op in place as one out of place, its old value an alias of the target and its result the target."""
         twin = _out_of_place(func)
         rule = RULES.get(twin)
-        if rule is None or not any(t.requires_grad for t in _tensors((args, kwargs))):
+        if rule is None:
             return None
         old = target.detach()
         made = rule(Call(twin, tuple(old if a is target else a for a in args), kwargs, target))
@@ -266,7 +293,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = _storage(t)
         for op, place in self._savers.pop(storage, ()):
             op.saved[place] = op.saved[place].clone()
-        for other in list(self._values):
+        for other in self._values.tensors():
             if other is not t and _storage(other) == storage:
                 self._values[other] = "a change in place of a tensor with views"
 
@@ -297,6 +324,10 @@ def _recorded(func: Any) -> bool:
     torch.library, whose forward is the op itself.
     """
     return torch.is_grad_enabled() or func.namespace == "blokern"
+
+
+def _differentiable(tensors: Sequence[Tensor]) -> bool:
+    return any(t.requires_grad for t in tensors)
 
 
 def _storage(t: Tensor) -> int:

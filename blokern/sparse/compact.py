@@ -144,7 +144,13 @@ class _Layer:
     @cached_property
     def _reads(self) -> Tensor:
         """bool [out, in]: whether a weight is kept."""
+        assert self._mask is not None
         assert self.mask is not None
+        some = (self._mask.words != 0).any(1).cpu()
+        if (
+            self._mask.kept == int(some.sum()) * self._mask.cols
+        ):  # whole filters: no need to look at each weight
+            return some.unsqueeze(1).expand(self.mask.shape[:2])
         return self.mask.unsqueeze(-1).flatten(2).any(2)
 
     def reading(self, inputs: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ class _Layer:
             for name in ("weight", "bias", "running_mean", "running_var")
             if (tensor := getattr(module, name, None)) is not None
         }
-        if self.source is not None:
+        if self.source is not None and places[1] is not None:
             moved = self.sums(self.source.constant.nan_to_num(0.0).masked_fill(columns, 0.0))[rows]
             if moved.any() and "bias" in parts:
                 parts["bias"] += moved.to(parts["bias"])
@@ -292,7 +298,8 @@ class _Graph:
             if before.equal(live):
                 for layer in self.layers:  # torch has no layers without channels
                     for ids in (layer.ids, layer.ids if layer.source is None else layer.source.ids):
-                        live[ids[:1]] |= not live[ids].any()
+                        if not live[ids].any():
+                            live[ids[:1]] = True
                 if before.equal(live):
                     return live
 
