@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -240,7 +241,7 @@ def record(
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a scalar, got {got}")
-    if not loss.isfinite():
+    if not math.isfinite(loss.item()):
         where = _first_non_finite(model, x)
         raise FloatingPointError(f"the loss is {loss.item()}: {where}")
     tape = recorder.finish(split, loss, values)
