@@ -95,16 +95,13 @@ format: setup
 setup: $(VENV)/.setup
 build: $(VENV)/.build
 
-$(VENV)/.setup: constraints.txt pyproject.toml
+$(VENV)/.setup: constraints.txt pyproject.toml tests/peers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
-	$(BIN)/pip install -q -c constraints.txt --no-deps torchattacks pyautoattack \
-		curvlinops-for-pytorch backpack-for-pytorch einconv einops linear-operator \
-		foolbox eagerpy GitPython gitdb smmap requests urllib3 certifi idna charset-normalizer \
-		lightning lightning-utilities torchmetrics
+	$(BIN)/pip install -q -c constraints.txt --no-deps -r tests/peers.txt
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)

@@ -73,13 +73,15 @@ def tried(interpreter: str, torch: str, folder: Path, with_tests: bool) -> dict[
     (folder / "empty").mkdir()
     facts: dict[str, object] = json.loads(run(user, tree / "tests/packaging/smoke.py", cwd=folder / "empty"))
     if with_tests:
-        run(builder, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", f"{tree}[dev]", cwd=folder)
+        install = (builder, "-m", "pip", "install", "-q")
+        run(*install, "--no-build-isolation", "-e", f"{tree}[dev]", cwd=tree)
+        run(*install, "--no-deps", "-c", "constraints.txt", "-r", "tests/peers.txt", cwd=tree)
         command = [str(builder), "-m", "pytest", "-p", "no:cacheprovider", "-v"]
         told = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout.strip()
         facts["tests"] = re.sub(r"=+|in [\d.]+s.*", "", told.splitlines()[-1]).strip()
         if failures := re.findall(r"^(?:FAILED|ERROR) (\S+)", told, re.MULTILINE):
             facts["failures"] = failures
-            print(told[told.find("= FAILURES =") :], file=sys.stderr)
+            print(told[-20_000:], file=sys.stderr)
     return facts
 
 
@@ -91,15 +93,16 @@ def main() -> int:
     failed = 0
     for pair in asked.pairs:
         interpreter, _, torch = pair.partition("=")
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                results[pair] = tried(interpreter, torch, Path(folder), asked.tests)
+                facts = tried(interpreter, torch, Path(folder), asked.tests)
             except RuntimeError as error:
-                failed += 1
-                results[pair] = {"failed": str(error).splitlines()[0].replace(folder, "")}
+                facts = {"failed": str(error).splitlines()[0].replace(folder, "")}
                 print(error, file=sys.stderr)
-        print(pair, json.dumps(results[pair], indent=1))
+        failed += not facts.keys().isdisjoint({"failed", "failures"})
+        print(pair, json.dumps(facts, indent=1), flush=True)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[pair] = facts
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return failed
 
