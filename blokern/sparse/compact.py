@@ -84,7 +84,8 @@ def compact(model: ModelT, masks: Mapping[str, Tensor | SparseMask] | None = Non
     >>> compact(net, {"0.weight": filter_mask(net[0].weight, 0.5)})[1].in_channels
     4
     """
-    graph = _Graph(model, {} if masks is None else dict(checked_masks(model, masks)))
+    given = {} if masks is None else dict(checked_masks(model, masks))
+    graph = _Graph(model, given)
     live = graph.live()
     copies: dict[int, Any] = {}  # of the model's objects, by id
     with torch.no_grad():
@@ -93,6 +94,8 @@ def compact(model: ModelT, masks: Mapping[str, Tensor | SparseMask] | None = Non
         compacted = copy.deepcopy(model, copies)
         for layer in graph.layers:
             layer.finish(copies[id(layer.module)])
+    for module in given.keys() - {layer.module for layer in graph.layers}:  # which the forward does not call
+        give_mask(copies[id(module)], given[module])
     return compacted
 
 

@@ -98,6 +98,17 @@ def test_masks_that_the_model_does_not_have(given_over: bool) -> None:
     torch.testing.assert_close(dict(small.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
 
 
+def test_layers_that_the_graph_does_not_show_take_their_masks() -> None:
+    mask = torch.rand(2, 4) < 0.5
+    layer = nn.Linear(4, 2)
+    assert torch.equal(masks_of(compact(layer, {"weight": mask}))["weight"].to_dense(), mask)
+    net = Wrapped(torch.relu)
+    net.idle = nn.Linear(4, 2)
+    small = compact(net, {"idle.weight": mask})
+    assert torch.equal(masks_of(small)["idle.weight"].to_dense(), mask)
+    assert type(layer) is type(net.idle) is nn.Linear
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
     with pytest.raises(ValueError, match=r"masks: '2\.weight' must be the weight of .*, got no such module"):
