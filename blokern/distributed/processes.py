@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,13 @@ class Processes:
         return result
 
 
+class _Parted:
+    """In the place of a group that has ended."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ConnectionError("the processes have parted: they exchange inside `with joined()` alone")
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that torchrun started together with this one; this one alone where it was not torchrun.
@@ -160,9 +167,13 @@ def joined() -> Iterator[Processes]:
         return
     with _noticed():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield Processes(dist.group.WORLD)
+    processes = Processes(dist.group.WORLD)
+    yield processes
     # Not after an error: it would wait for processes that wait for this one. They notice when it ends.
     dist.destroy_process_group()
+    # Whoever still has the processes must not keep the group: its threads end with it, and one that lets go of a tensor
+    # while Python ends would take the program down (SIGABRT).
+    object.__setattr__(processes, "group", _Parted())
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

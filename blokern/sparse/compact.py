@@ -67,7 +67,8 @@ _SIZES = ((0,), (2,), (3,))
 def compact(model: ModelT, masks: Mapping[str, Tensor | SparseMask] | None = None) -> ModelT:
     """A copy of the model without the channels that its masks make superfluous, and with the same outputs.
 
-    masks: those that layers would have after :func:`sparsify`, which this spares; the model itself stays as it is.
+    masks: by parameter name, bool or SparseMask of the weight's shape, as :func:`sparsify` takes them: the layers count
+    as if they had these, instead of their own if any; None: their own. The model itself stays as it is.
 
     Channels go that no kept weight reads, and those whose filter keeps nothing, which are constant: the constant moves
     into the biases of the layers that read it. Where that is not exact (zeros padded around a constant that is not
@@ -78,7 +79,7 @@ def compact(model: ModelT, masks: Mapping[str, Tensor | SparseMask] | None = Non
     Known are Conv2d (plain, depthwise), Linear, BatchNorm, elementwise activations, dropout, pooling, flattening, means
     over the image, arithmetic between equally many channels, concatenation. Raises ValueError, naming the module, for
     anything else that channels pass through, for layers that are called twice or share parameters, and for a forward
-    that torch.fx cannot trace; and what sparsify raises for masks.
+    that torch.fx cannot trace; ValueError or TypeError, as sparsify, for masks that do not fit.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
     >>> compact(net, {"0.weight": filter_mask(net[0].weight, 0.5)})[1].in_channels
@@ -137,22 +138,21 @@ class _Layer:
         self.module, self.ids, self.source = module, ids, source
         self.new_mask: SparseMask | None = None
         self.new_bias: nn.Parameter | None = None  # for constants that come, where there was none
-        self._mask = mask
+        self._sparse = mask
 
     @cached_property
     def mask(self) -> Tensor | None:
         """bool, of the weight's shape; None: all are kept."""
-        return None if self._mask is None else self._mask.to_dense().cpu()
+        return None if self._sparse is None else self._sparse.to_dense().cpu()
 
     @cached_property
     def _reads(self) -> Tensor:
         """bool [out, in]: whether a weight is kept."""
-        assert self._mask is not None
+        assert self._sparse is not None
         assert self.mask is not None
-        some = (self._mask.words != 0).any(1).cpu()
-        if (
-            self._mask.kept == int(some.sum()) * self._mask.cols
-        ):  # whole filters: no need to look at each weight
+        # Whole filters show in the words: no need to look at each weight.
+        some = (self._sparse.words != 0).any(1).cpu()
+        if self._sparse.kept == int(some.sum()) * self._sparse.cols:
             return some.unsqueeze(1).expand(self.mask.shape[:2])
         return self.mask.unsqueeze(-1).flatten(2).any(2)
 

@@ -40,6 +40,35 @@ def workers(parent: int) -> list[int]:
     return sorted(int(child) for child in children if "blokern" in Path(f"/proc/{child}/cmdline").read_text())
 
 
+ENDS = """
+import weakref
+import torch
+import torch.distributed as dist
+from blokern.distributed import joined
+
+with joined() as processes:
+    keeper = [processes]
+    keeper.append(keeper)  # as a trainer and its rule hold it, until Python ends
+    processes.sum_([torch.ones(3)])
+    group = weakref.ref(dist.group.WORLD)
+assert group() is None  # and so its threads are gone
+try:
+    processes.largest([1])
+except ConnectionError as error:
+    print("ended:", error)
+"""
+
+
+def test_the_group_ends_with_its_block(tmp_path: Path) -> None:
+    """Else one of its threads may meet the end of Python, and take the program down."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    run = torchrun(str(script))
+    told, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert told.count("ended: the processes have parted") == 2
+
+
 def test_trains_and_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     run = torchrun("--max-restarts=1", "-m", "blokern", *TRAIN, f"--out={tmp_path}")
     said = []
