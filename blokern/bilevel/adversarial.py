@@ -202,12 +202,13 @@ class Rule(ABC, Generic[SettingsT]):
 
         x: [N, ...] float32 or float64, in [clip_min, clip_max] (unchecked: a check would synchronise with the
         device). y: [N] int64. Raises TypeError or ValueError, naming the argument, for other dtypes or
-        shapes.
+        shapes; RuntimeError if no parameter gets a gradient.
         """
         check_batch(x, y)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, enabled=False):  # forwards choose their own; see `precision`
             result = self._backward(x.detach(), y)
+        _check_gradients(self.model)
         self.processes.average_gradients(self.model)
         self.optimizer.step()
         return result
@@ -230,6 +231,16 @@ class Rule(ABC, Generic[SettingsT]):
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         return autocast(self.settings.precision, x)
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """RuntimeError if there are none: else the step would quietly do nothing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if parameters and all(p.grad is None for p in parameters):
+        raise RuntimeError(
+            "no parameter of the model got a gradient. Does its output depend on them? A model compiled by torch 2.11 "
+            "forgets that it does, after an attack's gradients of the input: take torch 2.13, or do not compile it"
+        )
 
 
 class Box(TypedDict):

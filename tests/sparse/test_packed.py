@@ -196,6 +196,7 @@ def test_two_of_four_are_left_to_tensor_cores(
     weight = torch.randn(how["rows"], how["cols"])
     mask = ops.nm_mask(weight, how["m"] // 2, how["m"])
     layer = MaskedLinear(how["cols"], how["rows"], mask=mask, dtype=how["dtype"])
+    nn.init.uniform_(layer.weight, 0.5, 1.0)  # no zeros of its own
     x, bias = torch.randn(3, how["cols"], dtype=how["dtype"]), layer.bias
     want = layer(x)
     pack(layer)

@@ -214,6 +214,8 @@ def exported(model: nn.Module, x: Tensor, strict: bool) -> nn.Module:
 @pytest.mark.parametrize("form", [as_it_is, samples_innermost, pack, to_dense])
 @torch.no_grad()
 def test_pruned_networks_are_exported(form: Change, strict: bool) -> None:
+    if form is samples_innermost and not strict and torch.__version__ < (2, 13):
+        pytest.skip("it wants a guard on the batch's size; strict=True does not")
     model = network().eval()
     form(model)
     want = copy.deepcopy(model)
