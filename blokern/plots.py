@@ -278,4 +278,4 @@ def _show(axes: Any, image: Tensor) -> None:
 def _write(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())

@@ -62,7 +62,7 @@ def save(path: str | Path, payload: Mapping[str, Any]) -> None:
     write_sealed(path, packed(payload))
 
 
-def packed(payload: Mapping[str, Any]) -> memoryview:
+def packed(payload: Mapping[str, Any]) -> bytes:
     """A checkpoint in memory but for its digest: what it holds stays, whatever becomes of the payload's tensors.
 
     >>> write_sealed("runs/a/last.pt", packed({"model": model.state_dict()}))
@@ -71,10 +71,11 @@ def packed(payload: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save({**payload, "version": VERSION}, buffer)
     buffer.write(_MARKER)
-    return buffer.getbuffer()
+    # No copy; views of the buffer crash Python 3.12.0 and 3.12.1 as garbage after an error (CPython's issue 111049).
+    return buffer.getvalue()
 
 
-def write_sealed(path: str | Path, body: memoryview) -> None:
+def write_sealed(path: str | Path, body: bytes) -> None:
     """Write what :func:`packed` gave, with its digest. Raises as :func:`save`.
 
     >>> write_sealed("runs/a/last.pt", packed({"model": model.state_dict()}))
@@ -283,7 +284,7 @@ def check_same(what: str, there: Mapping[str, Any], here: Mapping[str, Any], sou
         raise CheckpointError(f"{source} is of another {what}: {'; '.join(found)}")
 
 
-def write_atomically(path: str | Path, *data: bytes | memoryview) -> None:
+def write_atomically(path: str | Path, *data: bytes) -> None:
     """Make ``data`` the content of ``path``, all of it or nothing, through a temporary file beside it.
 
     Raises:

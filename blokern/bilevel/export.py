@@ -31,7 +31,7 @@ def save_dense(payload: Mapping[str, Any], source: str | Path, path: str | Path)
     """
     buffer = io.BytesIO()
     torch.save(to_dense(load_model(payload, source)).state_dict(), buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def save_compacted(
@@ -57,7 +57,7 @@ def save_compacted(
         node.meta.pop("stack_trace", None)  # half of the file, and paths of this machine
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def compacted(model: nn.Module, source: str | Path) -> nn.Module:

@@ -74,7 +74,7 @@ class Saver:
             self._under_way[0].result()
             del self._under_way[0]
 
-    def _write(self, name: str, data: memoryview) -> None:
+    def _write(self, name: str, data: bytes) -> None:
         if name == LAST:
             for age in range(self.keep_last - 1, 0, -1):
                 _link(self.folder / _previous(age - 1), self.folder / _previous(age))

@@ -77,7 +77,10 @@ def tried(interpreter: str, torch: str, folder: Path, with_tests: bool) -> dict[
         run(*install, "--no-build-isolation", "-e", f"{tree}[dev]", cwd=tree)
         run(*install, "--no-deps", "-c", "constraints.txt", "-r", "tests/peers.txt", cwd=tree)
         command = [str(builder), "-m", "pytest", "-p", "no:cacheprovider", "-v"]
-        told = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        told = done.stdout.strip()
+        if done.returncode not in (0, 1):  # neither passed nor failed
+            raise RuntimeError(f"the tests ended with {done.returncode}\n{told[-4000:]}{done.stderr[-4000:]}")
         facts["tests"] = re.sub(r"=+|in [\d.]+s.*", "", told.splitlines()[-1]).strip()
         if failures := re.findall(r"^(?:FAILED|ERROR) (\S+)", told, re.MULTILINE):
             facts["failures"] = failures
