@@ -159,14 +159,14 @@ class Single(Op):
 Rule: TypeAlias = Callable[[Call], Op | Sequence[Op] | None]
 
 
-def fit(grad: Tensor, meta: Meta) -> Tensor:
-    """The adjoint of `spread`."""
-    extra = grad.dim() - len(meta.shape)
-    dims = [*range(extra)]
-    dims += [d + extra for d, n in enumerate(meta.shape) if n == 1 and grad.shape[d + extra] != 1]
+def fit(grad: Tensor, meta: Meta, stack: int = 0) -> Tensor:
+    """The adjoint of `spread`; with `stack` leading dimensions that are left as they are."""
+    first = grad.dim() - len(meta.shape)
+    dims = [*range(stack, first)]
+    dims += [d + first for d, n in enumerate(meta.shape) if n == 1 and grad.shape[d + first] != 1]
     if dims:
         grad = grad.sum(dims, keepdim=True)
-    return grad.reshape(meta.shape).to(meta.dtype) if extra else grad.to(meta.dtype)
+    return (grad.reshape((*grad.shape[:stack], *meta.shape)) if first > stack else grad).to(meta.dtype)
 
 
 def spread(tangent: Tensor, meta: Meta) -> Tensor:

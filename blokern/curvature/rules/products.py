@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from blokern.curvature.op import Maybe, Op, Rule
+from blokern.curvature.op import Maybe, Op, Rule, fit
 
 __all__ = ["RULES", "Bilinear"]
 
 aten = torch.ops.aten
+
+#: Two factors of a product.
+Factors: TypeAlias = tuple[Maybe, Maybe]
 
 
 class Bilinear(Op):
@@ -46,19 +49,21 @@ class Bilinear(Op):
     @abstractmethod
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor: ...
 
-    def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
-        """B_b(ġ, a) + B_b(g, ȧ): where it pays, as one product of twice the samples."""
-        return self.by_b(grad_dot, a).add_(self.by_b(grad, a_dot))
+    def sum_of(self, product: Callable[..., Tensor], one: Factors, other: Factors) -> Maybe:
+        """product(*one) + product(*other), of which the other has the tangent second; zero for a factor of None."""
+        total: Maybe = None
+        for first, second in (one, other):
+            if first is not None and second is not None:
+                total = product(first, second) if total is None else self.plus(total, product, first, second)
+        return total
 
-    def joining_pays(self, a: Tensor, grad: Tensor) -> bool:
-        """Whether a second gradient costs more than to read the samples once more and join them: where it is larger."""
-        return self.saved[1].numel() >= a.numel() + grad.numel()
+    def by_b_twice(self, one: Factors, other: Factors) -> Maybe:
+        """The sum of B_b's products, which some find as one product."""
+        return self.sum_of(self.by_b, one, other)
 
-    def plus(self, total: Maybe, product: Callable[[Tensor], Tensor], along: Maybe) -> Maybe:
-        """total + product(along), in the memory of total, which is another product."""
-        if along is None:
-            return total
-        return product(along) if total is None else total.add_(product(along))
+    def plus(self, total: Tensor, product: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
+        """total + product(first, second), in the memory of total, which is another product."""
+        return total.add_(product(first, second))
 
     def by_term(self, grad: Tensor) -> Tensor:
         assert self.slot_c is not None
@@ -68,9 +73,7 @@ class Bilinear(Op):
         a, b = self.saved
         a_dot, b_dot = tangents[self.slot_a], tangents[self.slot_b]
         c_dot = None if self.slot_c is None else tangents[self.slot_c]
-        y_dot = None if a_dot is None else self.product(a_dot, b)
-        y_dot = self.plus(y_dot, lambda b_dot: self.product(a, b_dot), b_dot)
-        y_dot = _scaled(y_dot, self.scale)
+        y_dot = _scaled(self.sum_of(self.product, (a_dot, b), (a, b_dot)), self.scale)
         c_dot = _scaled(c_dot, self.term_scale)
         if y_dot is None:
             return None if c_dot is None else self.to_output(self.as_output(c_dot))
@@ -103,17 +106,9 @@ class Bilinear(Op):
             slots[self.slot_c] = _scaled(self.by_term(grad_dot), self.term_scale)
         grad, grad_dot = _scaled(grad, self.scale), _scaled(grad_dot, self.scale)
         if wanted[self.slot_a]:
-            moved = None if grad_dot is None else self.by_a(grad_dot, b)
-            if grad is not None:
-                moved = self.plus(moved, lambda b_dot: self.by_a(grad, b_dot), b_dot)
-            slots[self.slot_a] = moved
+            slots[self.slot_a] = self.sum_of(self.by_a, (grad_dot, b), (grad, b_dot))
         if wanted[self.slot_b]:
-            if grad is None or a_dot is None:
-                slots[self.slot_b] = None if grad_dot is None else self.by_b(grad_dot, a)
-            elif grad_dot is None:
-                slots[self.slot_b] = self.by_b(grad, a_dot)
-            else:
-                slots[self.slot_b] = self.by_b_twice(grad_dot, a, grad, a_dot)
+            slots[self.slot_b] = self.by_b_twice((grad_dot, a), (grad, a_dot))
         return slots
 
 
@@ -150,34 +145,47 @@ class Multiply(Bilinear):
 
 
 class MatrixProduct(Bilinear):
-    """mm, bmm and their relations with a term added."""
+    """mm, bmm and their relations with a term added. A product with a total is added to it by the same kernel."""
+
+    stacks = True
 
     def setup(self, out: Tensor, *args: Any, beta: float = 1, alpha: float = 1) -> Sequence[Tensor]:
         self.scale, self.term_scale = alpha, beta
         return super().setup(out, *args)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return a @ b
+    def product(self, a: Tensor, b: Tensor, total: Maybe = None) -> Tensor:
+        if total is None:
+            return a @ b
+        return total.addmm_(a, b) if total.dim() == 2 else total.add_(a @ b)
 
-    def by_a(self, grad: Tensor, b: Tensor) -> Tensor:
-        return grad @ b.mT
+    def by_a(self, grad: Tensor, b: Tensor, total: Maybe = None) -> Tensor:
+        return self.product(grad, b.mT, total)
 
-    def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
-        b = self.saved[1]
-        if b.mT.is_contiguous():  # a layer's weight: its gradient is turned back, and then to be contiguous
-            return (grad.mT @ a).mT
-        return a.mT @ grad
+    def by_b(self, grad: Tensor, a: Tensor, total: Maybe = None) -> Tensor:
+        # A layer's weight: its gradient is turned back, and is to be contiguous then.
+        if self.saved[1].mT.is_contiguous():
+            return self.product(grad.mT, a, None if total is None else total.mT).mT
+        return self.product(a.mT, grad, total)
 
-    def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
-        if grad_dot.dim() != a_dot.dim() or not self.joining_pays(a, grad):
-            return super().by_b_twice(grad_dot, a, grad, a_dot)
-        return self.by_b(torch.cat([grad_dot, grad], -2), torch.cat([a, a_dot], -2))
+    def plus(self, total: Tensor, product: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
+        return product(first, second, total)
 
 
 class AddedMatrixProduct(MatrixProduct):
     """addmm and baddbmm."""
 
     slot_a, slot_b, slot_c = 1, 2, 0
+
+    def by_term(self, grad: Tensor) -> Tensor:
+        meta = self.metas[0]
+        assert meta is not None
+        return fit(grad, meta, grad.dim() - len(self.meta.shape))
+
+    def as_output(self, c: Tensor) -> Tensor:
+        meta = self.metas[0]
+        assert meta is not None
+        stack = c.shape[: c.dim() - len(meta.shape)]
+        return c.reshape(*stack, *[1] * (len(self.meta.shape) - len(meta.shape)), *meta.shape)
 
 
 class MatrixVector(Bilinear):
@@ -231,6 +239,8 @@ class Convolution(Bilinear):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         if self._is_stack(a):
             return torch.unflatten(self.product(a.flatten(0, 1), b), 0, a.shape[:2])
+        if self._is_stack(b):
+            return torch.stack([self.product(a, t) for t in b])
         out: Tensor = aten.convolution(a, b, None, *self.how)
         return out
 
@@ -240,6 +250,8 @@ class Convolution(Bilinear):
             x = x.new_empty_strided((len(grad) * len(x), *x.shape[1:]), x.stride())
             folded = self._backward(grad.flatten(0, 1), x, b, (True, False, False))[0]
             return torch.unflatten(folded, 0, grad.shape[:2])
+        if self._is_stack(b):
+            return torch.stack([self.by_a(grad, t) for t in b])
         return self._backward(grad, x, b, (True, False, False))[0]
 
     def by_b(self, grad: Tensor, a: Tensor) -> Tensor:
@@ -250,21 +262,23 @@ class Convolution(Bilinear):
         weight = self.saved[1]  # as x above
         return self._backward(grad, a, weight, (False, True, False))[1]
 
-    def by_b_twice(self, grad_dot: Tensor, a: Tensor, grad: Tensor, a_dot: Tensor) -> Tensor:
+    def by_b_twice(self, one: Factors, other: Factors) -> Maybe:
+        (grad_dot, a), (grad, a_dot) = one, other
+        if grad_dot is None or a is None or grad is None or a_dot is None:
+            return super().by_b_twice(one, other)
+        # A second gradient costs more than to read the samples once more and join them where it is larger.
+        if self.saved[1].numel() < a.numel() + grad.numel():
+            return super().by_b_twice(one, other)
         if self._is_stack(grad_dot):
             pairs = zip(grad_dot, a_dot, strict=True)
-            return torch.stack([self.by_b_twice(g_dot, a, grad, t_dot) for g_dot, t_dot in pairs])
-        if not self.joining_pays(a, grad):
-            return super().by_b_twice(grad_dot, a, grad, a_dot)
+            return torch.stack([self.by_b(torch.cat([g, grad]), torch.cat([a, t])) for g, t in pairs])
         return self.by_b(torch.cat([grad_dot, grad]), torch.cat([a, a_dot]))
 
-    def plus(self, total: Maybe, product: Callable[[Tensor], Tensor], along: Maybe) -> Maybe:
-        if along is None or not self._is_stack(along):
-            return super().plus(total, product, along)
-        if total is None:
-            return torch.stack([product(t) for t in along])
-        for part, t in zip(total, along, strict=True):
-            part.add_(product(t))
+    def plus(self, total: Tensor, product: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
+        if not self._is_stack(second):
+            return super().plus(total, product, first, second)
+        for part, t in zip(total, second, strict=True):
+            part.add_(product(first, t))
         return total
 
     def by_term(self, grad: Tensor) -> Tensor:
