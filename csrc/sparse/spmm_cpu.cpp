@@ -204,8 +204,7 @@ void spmm_few(const Stream& stream, const Accum<T>* values, const Matrix<const A
   };
   samples == 1   ? multiply.template operator()<1>()
   : samples == 2 ? multiply.template operator()<2>()
-  : samples == 3 ? multiply.template operator()<3>()
-                 : multiply.template operator()<4>();
+                 : multiply.template operator()<3>();
 }
 
 template <class A>
