@@ -125,9 +125,12 @@ class Single(Op):
 
     differentiable = (0,)
 
-    def __init__(self, call: Call) -> None:
-        self.operand = Meta(call.args[0].shape, call.args[0].dtype)
-        super().__init__(call)
+    @property
+    def operand(self) -> Meta:
+        """What is known of a."""
+        meta = self.metas[0]
+        assert meta is not None
+        return meta
 
     @abstractmethod
     def push(self, a_dot: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class SoftmaxCrossEntropy(Single):
     def __init__(self, softmax: LogSoftmax, nll: NllLoss) -> None:
         self.how = nll.how
         self.func, self.meta = nll.func, nll.meta
-        self.operand, self.metas = softmax.operand, softmax.metas
+        self.metas = softmax.metas
         # log-softmax of log-softmax is itself, so that the output does for the logits.
         self.saved = [*softmax.saved, *nll.saved]
 
