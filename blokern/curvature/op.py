@@ -62,7 +62,7 @@ class Op(ABC):
         self.func = call.func
         self.meta = Meta(call.out.shape, call.out.dtype)
         self.metas = tuple(
-            Meta(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in self.slots(call.args)
+            [Meta(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in self.slots(call.args)]
         )
         self.saved: list[Tensor] = list(self.setup(call.out, *call.args, **call.kwargs))
 
@@ -102,8 +102,9 @@ class Op(ABC):
         """adjoint(grad, inner) and adjoint_tangent(…, wanted), which some ops do at less cost than one by one."""
         return self.adjoint(grad, inner), self.adjoint_tangent(grad, grad_dot, tangents, wanted)
 
-    def followed_by(self, later: Op) -> Op | None:
-        """One op that does this one and a later, which alone reads this one's output; None if there is none."""
+    def followed_by(self, later: Op, slot: int) -> Op | None:
+        """One op that does this one and a later, which alone reads this one's output, in that slot; None if there is
+        none. Its slots are the later's, with this one's in the place of that slot."""
         return None
 
     def to_operand(self, grad: Tensor, slot: int) -> Tensor:

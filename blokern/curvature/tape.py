@@ -108,15 +108,18 @@ class Tape:
 
 def _fused(ops: Sequence[Op], reads: Counter[int | None]) -> list[Op]:
     """The ops, with one for two where there is such a one and nobody else reads what lies between."""
-    made: dict[int, Op] = {}
+    made: dict[int | None, Op] = {}
     for op in ops:
-        between = op.inputs[0]
-        if between is not None and between in made and reads[between] == 1:
-            both = made[between].followed_by(op)
-            if both is not None:
-                both.inputs, both.output = made.pop(between).inputs, op.output
-                op = both
-        made[op.output] = op
+        fused = op
+        for slot, between in enumerate(op.inputs):
+            if between in made and reads[between] == 1:
+                both = made[between].followed_by(op, slot)
+                if both is not None:
+                    inputs = made.pop(between).inputs
+                    both.inputs, both.output = (*op.inputs[:slot], *inputs, *op.inputs[slot + 1 :]), op.output
+                    fused = both
+                    break
+        made[op.output] = fused
     return [*made.values()]
 
 
@@ -211,8 +214,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, call: Call) -> None:
         """Put an op with a differentiable argument on the tape."""
         given = _tensors((*call.args, *call.kwargs.values()))
+        if not _differentiable(given):
+            return
         outs = [out for out in _tensors((call.out,)) if out.is_floating_point()]
-        if not outs or not _differentiable(given):
+        if not outs:
             return
         rule = RULES.get(call.func)
         made = None if rule is None else rule(call)
@@ -231,9 +236,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given: the call's tensors.
         """
         slots = op.slots(call.args)
-        op.inputs = tuple(self.value(a) if isinstance(a, Tensor) else None for a in slots)
-        known = range(len(slots)) if op.differentiable is None else op.differentiable
-        differentiable = {id(slots[slot]) for slot in known if slot < len(slots)}
+        op.inputs = tuple([self.value(a) if isinstance(a, Tensor) else None for a in slots])
+        known = (
+            slots if op.differentiable is None else [slots[i] for i in op.differentiable if i < len(slots)]
+        )
+        differentiable = {id(t) for t in known}
         for t in given:
             if id(t) not in differentiable and self.value(t) is not None:
                 self.refuse(

@@ -215,6 +215,19 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "matmul": (torch.matmul, ((2, 5, 3), (3, 4))),
     "addmm": (partial(torch.addmm, beta=2, alpha=3), ((4,), (5, 3), (3, 4))),
     "baddbmm": (partial(torch.baddbmm, beta=2, alpha=3), ((1, 4), (2, 5, 3), (2, 3, 4))),
+    # A transpose that a product alone reads is taken into it.
+    "mm of a transpose": (lambda a, b: a @ b.t(), ((5, 3), (4, 3))),
+    "mm of two transposes": (lambda a, b: a.t() @ b.t().t().t(), ((3, 5), (4, 3))),
+    "mm of itself": (lambda a: a @ a.t(), ((5, 3),)),
+    "two mm of one transpose": (
+        lambda a, b: torch.stack([a @ (t := b.t()), torch.sin(a) @ t]),
+        ((5, 3), (4, 3)),
+    ),
+    "addmm of a transpose": (
+        lambda c, a, b: torch.addmm(c, a, b.t(), beta=2, alpha=3),
+        ((4,), (5, 3), (4, 3)),
+    ),
+    "baddbmm of transposes": (lambda c, a, b: torch.baddbmm(c, a, b.mT), ((1, 4), (2, 5, 3), (2, 4, 3))),
     "mv": (torch.mv, ((5, 3), (3,))),
     "dot": (torch.dot, ((5,), (5,))),
     "vdot": (torch.vdot, ((5,), (5,))),
@@ -364,7 +377,7 @@ def test_products_without_kernels(case: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(normalization.Normalization, "saves", saves_without_kernels)
     monkeypatch.setattr(elementwise, "_KERNELS", {})
-    monkeypatch.setattr(softmax.LogSoftmax, "followed_by", lambda self, later: None)
+    monkeypatch.setattr(softmax.LogSoftmax, "followed_by", lambda self, later, slot: None)
     f, shapes = CASES[case]
     torch.manual_seed(0)
     model = Applied(f, *shapes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blokern.curvature.op import Call, Maybe, Meta, Op, Rule, Single, fit
+from blokern.curvature.rules.products import MatrixProduct
 
 __all__ = ["RULES", "Linear", "unaveraged"]
 
@@ -91,6 +92,13 @@ class Permute(Linear):
     def __init__(self, call: Call, order: Callable[..., list[int]]) -> None:
         self.order = order(call.args[0].dim(), *call.args[1:])
         super().__init__(call)
+
+    def followed_by(self, later: Op, slot: int) -> Op | None:
+        dim = len(self.order)
+        if not isinstance(later, MatrixProduct) or slot != later.slot_b or self.order != _swap(dim, -2, -1):
+            return None
+        later.turn()
+        return later
 
     def push(self, a_dot: Tensor) -> Tensor:
         return _permuted(a_dot, self.order)

@@ -226,7 +226,7 @@ class BatchNorm(Normalization):
             self.mean, self.rstd = running_mean.clone(), torch.rsqrt(running_var + eps)
         return self.saves(x, weight)
 
-    def followed_by(self, later: Op) -> Op | None:
+    def followed_by(self, later: Op, slot: int) -> Op | None:
         if not self.stacks or later.func is not aten.relu.default:
             return None
         self.saved += later.saved

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blokern.curvature.op import Maybe, Op, Rule, fit
 
-__all__ = ["RULES", "Bilinear"]
+__all__ = ["RULES", "Bilinear", "MatrixProduct"]
 
 aten = torch.ops.aten
 
@@ -148,27 +148,35 @@ class MatrixProduct(Bilinear):
     """mm, bmm and their relations with a term added. A product with a total is added to it by the same kernel."""
 
     stacks = True
+    #: Whether b is the transpose of what its slot has, as a layer's weight is.
+    turned = False
 
     def setup(self, out: Tensor, *args: Any, beta: float = 1, alpha: float = 1) -> Sequence[Tensor]:
         self.scale, self.term_scale = alpha, beta
         return super().setup(out, *args)
 
+    def turn(self) -> None:
+        """Take b's slot for the transpose of what it was."""
+        self.turned = not self.turned
+        self.saved[1] = self.saved[1].mT
+
     def product(self, a: Tensor, b: Tensor, total: Maybe = None) -> Tensor:
-        if total is None:
-            return a @ b
-        return total.addmm_(a, b) if total.dim() == 2 else total.add_(a @ b)
+        return _multiply(a, b.mT if self.turned else b, total)
 
     def by_a(self, grad: Tensor, b: Tensor, total: Maybe = None) -> Tensor:
-        return self.product(grad, b.mT, total)
+        return _multiply(grad, b if self.turned else b.mT, total)
 
     def by_b(self, grad: Tensor, a: Tensor, total: Maybe = None) -> Tensor:
-        # A layer's weight: its gradient is turned back, and is to be contiguous then.
-        if self.saved[1].mT.is_contiguous():
-            return self.product(grad.mT, a, None if total is None else total.mT).mT
-        return self.product(a.mT, grad, total)
+        return _multiply(grad.mT, a, total) if self.turned else _multiply(a.mT, grad, total)
 
     def plus(self, total: Tensor, product: Callable[..., Tensor], first: Tensor, second: Tensor) -> Tensor:
         return product(first, second, total)
+
+
+def _multiply(a: Tensor, b: Tensor, total: Maybe) -> Tensor:
+    if total is None:
+        return a @ b
+    return total.addmm_(a, b) if total.dim() == 2 else total.add_(a @ b)
 
 
 class AddedMatrixProduct(MatrixProduct):

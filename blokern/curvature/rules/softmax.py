@@ -60,7 +60,7 @@ class LogSoftmax(Single):
         p_dot = self._probabilities() * wide(self.push(a_dot))
         return (-p_dot * wide(g).sum(self.dim, keepdim=True)).to(self.operand.dtype)
 
-    def followed_by(self, later: Op) -> Op | None:
+    def followed_by(self, later: Op, slot: int) -> Op | None:
         (y,) = self.saved
         rows = y.dim() == 2 and self.dim in (1, -1) and y.dtype == self.operand.dtype
         return (
