@@ -62,7 +62,7 @@ class Op(ABC):
         self.func = call.func
         self.meta = Meta(call.out.shape, call.out.dtype)
         self.metas = tuple(
-            [Meta(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in self.slots(call.args)]
+            Meta(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in self.slots(call.args)
         )
         self.saved: list[Tensor] = list(self.setup(call.out, *call.args, **call.kwargs))
 

@@ -110,16 +110,15 @@ def _fused(ops: Sequence[Op], reads: Counter[int | None]) -> list[Op]:
     """The ops, with one for two where there is such a one and nobody else reads what lies between."""
     made: dict[int | None, Op] = {}
     for op in ops:
-        fused = op
         for slot, between in enumerate(op.inputs):
-            if between in made and reads[between] == 1:
-                both = made[between].followed_by(op, slot)
-                if both is not None:
-                    inputs = made.pop(between).inputs
-                    both.inputs, both.output = (*op.inputs[:slot], *inputs, *op.inputs[slot + 1 :]), op.output
-                    fused = both
-                    break
-        made[op.output] = fused
+            alone = between in made and reads[between] == 1
+            both = made[between].followed_by(op, slot) if alone else None
+            if both is not None:
+                inputs = (*op.inputs[:slot], *made.pop(between).inputs, *op.inputs[slot + 1 :])
+                both.inputs, both.output = inputs, op.output
+                op = both
+                break
+        made[op.output] = op
     return [*made.values()]
 
 
@@ -236,11 +235,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given: the call's tensors.
         """
         slots = op.slots(call.args)
-        op.inputs = tuple([self.value(a) if isinstance(a, Tensor) else None for a in slots])
-        known = (
-            slots if op.differentiable is None else [slots[i] for i in op.differentiable if i < len(slots)]
-        )
-        differentiable = {id(t) for t in known}
+        op.inputs = tuple(self.value(a) if isinstance(a, Tensor) else None for a in slots)
+        known = range(len(slots)) if op.differentiable is None else op.differentiable
+        differentiable = {id(slots[slot]) for slot in known if slot < len(slots)}
         for t in given:
             if id(t) not in differentiable and self.value(t) is not None:
                 self.refuse(

@@ -288,10 +288,8 @@ def test_compiled_models_train_alike(in_place: bool, lam: float) -> None:
         model.compile(backend=graphs)
     else:
         model = torch.compile(model, backend=graphs)
-    if lam == 0.0 and torch.__version__ < (
-        2,
-        13,
-    ):  # its graphs take no note of parameters that are frozen no more
+    # Before torch 2.13 graphs take no note of parameters that are frozen no more.
+    if lam == 0.0 and torch.__version__ < (2, 13):
         with pytest.raises(RuntimeError, match="no parameter of the model got a gradient"):
             gradients(model, x, y, settings)
         return
