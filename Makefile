@@ -7,7 +7,7 @@ NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu
 FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup build bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz
+.PHONY: demo test setup build bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz fuzz-networks zoo
 .DEFAULT_GOAL := build
 
 demo: build
@@ -81,6 +81,14 @@ fuzz: build
 	$(BIN)/python tests/hardening/fuzz.py --cases $(CASES) --hostile 4
 	$(BIN)/python tests/hardening/leaks.py --calls $(CASES)
 
+# Random networks, and networks that others wrote, beside plain torch (docs/reliability.md, docs/compatibility.md).
+NETWORKS ?= 20000
+fuzz-networks: build
+	$(BIN)/python tests/hardening/fuzz_networks.py --cases $(NETWORKS)
+
+zoo: build
+	$(BIN)/python tests/zoo/zoo.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,7 +109,7 @@ $(VENV)/.setup: constraints.txt pyproject.toml tests/peers.txt
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
-	$(BIN)/pip install -q -c constraints.txt --no-deps -r tests/peers.txt
+	$(BIN)/pip install -q -c constraints.txt --no-deps --no-compile -r tests/peers.txt
 	touch $@
 
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)
