@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -29,13 +28,6 @@ inline void floating(const at::Tensor& t, const char* name) {
 inline void images(const at::Tensor& t, const char* name) {
   floating(t, name);
   TORCH_CHECK_VALUE(t.dim() >= 1, name, " must have a batch dimension, [N, ...], got a scalar tensor");
-}
-
-// These ops are steps, not layers: a gradient through one would silently be lost.
-inline void constant(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(
-      !(t.requires_grad() && at::GradMode::is_enabled()), name,
-      " requires grad, and this op has no derivative: call it under torch.no_grad(), or detach ", name);
 }
 
 inline void same_shape(const at::Tensor& t, const char* name, const at::Tensor& like, const char* like_name) {

@@ -1,6 +1,7 @@
 // Every op's schema, on one page. Kernels: <family>/register_<device>.cpp; fakes: blokern/ops/<family>.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <string>
@@ -41,7 +42,7 @@ constexpr const char* kFastBat =
 // A convolution's Plan, see ops/convolution.py.
 #define PLANS \
   "Tensor[] streams, Tensor[] streams_t, int[] geometry, int[] geometry_t, int[] numbers, Tensor words"
-constexpr const char* kProducts[] = {
+constexpr const char* kMasks[] = {
     "mask_words(Tensor mask) -> Tensor",
     "words_mask(Tensor words, int cols) -> Tensor",
     "transpose_words(Tensor words, int cols) -> Tensor",
@@ -50,15 +51,19 @@ constexpr const char* kProducts[] = {
     "transposed)"
     " -> (Tensor start, Tensor source, Tensor offset)",
     "count_words(Tensor words) -> Tensor",
+};
+constexpr const char* kProducts[] = {
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",
     "sddmm(Tensor a, Tensor b, " STREAMS ") -> Tensor",
-    "packed_values(Tensor weight, Tensor start, Tensor column, int block) -> Tensor",
-    "packed_spmm(Tensor values, Tensor x, Tensor? bias, Tensor start, Tensor column, int block, int rows)"
-    " -> Tensor",
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, " PLANS ", bool dense_grad) -> Tensor",
     "masked_conv2d_input(Tensor grad, Tensor weight, " PLANS ", bool dense_grad) -> Tensor",
     "masked_conv2d_weight(Tensor grad, Tensor x, " PLANS ", int[] weight_shape) -> Tensor",
     "conv2d_weight(Tensor grad, Tensor x, int[] geometry, int[] weight_shape, int[] numbers) -> Tensor",
+};
+constexpr const char* kPacked[] = {
+    "packed_values(Tensor weight, Tensor start, Tensor column, int block) -> Tensor",
+    "packed_spmm(Tensor values, Tensor x, Tensor? bias, Tensor start, Tensor column, int block, int rows)"
+    " -> Tensor",
 };
 #undef STREAMS
 #undef PLANS
@@ -156,24 +161,67 @@ void resolve_negative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
                      stack);
 }
 
-void define(torch::Library& m, const std::string& schema) {
+// What an op says of derivatives.
+enum class Derivatives {
+  python,  // it has some, registered by blokern/ops; or no argument that could have one
+  masks,   // its results are bool: nothing comes back by reverse mode, as of a comparison
+  none,
+};
+
+// An op without derivatives refuses what would silently be lost: a gradient, or a tangent of forward mode, be
+// it of torch.func or of torch.autograd.forward_ad.
+template <Derivatives kind>
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto check = [](const at::Tensor& t, const std::string& name) {
+    TORCH_CHECK_VALUE(kind == Derivatives::masks || !(t.requires_grad() && at::GradMode::is_enabled()), name,
+                      " requires grad, and this op has no derivative: call it under torch.no_grad(), or detach ",
+                      name);
+    TORCH_CHECK_VALUE(!t._fw_grad(0).defined(), name,
+                      " has a tangent of forward mode, and this op has no derivative: give it the primal alone, by"
+                      " detach() or torch.func.stop_gradient");
+  };
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const c10::IValue& value = torch::jit::peek(*stack, i, arguments.size());
+    if (value.isTensor()) {
+      check(value.toTensor(), arguments[i].name());
+    } else if (value.isTensorList()) {
+      const std::vector<at::Tensor> list = value.toTensorVector();
+      for (size_t k = 0; k < list.size(); ++k)
+        check(list[k], arguments[i].name() + "[" + std::to_string(k) + "]");
+    }
+  }
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+torch::CppFunction refusal(Derivatives kind) {
+  return kind == Derivatives::masks
+             ? torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<Derivatives::masks>>()
+             : torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<Derivatives::none>>();
+}
+
+void define(torch::Library& m, const std::string& schema, Derivatives derivatives) {
   const bool is_random = schema.find("Generator") != std::string::npos;
   const std::vector<at::Tag> tags =
       is_random ? std::vector{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded}
                 : std::vector{at::Tag::pt2_compliant_tag};
   m.def(schema.c_str(), tags);
+  const std::string name = schema.substr(0, schema.find('('));
+  if (derivatives != Derivatives::python)
+    m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, refusal(derivatives)));
   if (schema.find('!') == std::string::npos) return;
-  m.impl(schema.substr(0, schema.find('(')).c_str(),
+  m.impl(name.c_str(),
          torch::dispatch(c10::DispatchKey::Negative,
                          torch::CppFunction::makeFromBoxedFunction<&resolve_negative>()));
 }
 
 // NUMBER as float, and as the overload per_sample.
 void define_both(torch::Library& m, const std::string& schema) {
-  define(m, replaced(schema, "NUMBER", "float"));
+  define(m, replaced(schema, "NUMBER", "float"), Derivatives::none);
   const size_t name_end = schema.find('(');
   define(m,
-         schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"));
+         schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"),
+         Derivatives::none);
 }
 
 }  // namespace
@@ -183,9 +231,11 @@ TORCH_LIBRARY(blokern, m) {
     for (const char* norm : {"linf", "l2", "l1"}) define_both(m, replaced(schema, "NORM", norm));
   }
   define_both(m, kFastBat);
-  for (const char* schema : kProducts) define(m, schema);
-  for (const char* schema : kSelections) define(m, schema);
-  for (const char* schema : kCurvature) define(m, schema);
-  for (const char* schema : kVectors) define(m, schema);
-  for (const char* schema : kSteps) define(m, schema);
+  for (const char* schema : kMasks) define(m, schema, Derivatives::python);
+  for (const char* schema : kProducts) define(m, schema, Derivatives::python);
+  for (const char* schema : kPacked) define(m, schema, Derivatives::none);
+  for (const char* schema : kSelections) define(m, schema, Derivatives::masks);
+  for (const char* schema : kCurvature) define(m, schema, Derivatives::none);
+  for (const char* schema : kVectors) define(m, schema, Derivatives::none);
+  for (const char* schema : kSteps) define(m, schema, Derivatives::none);
 }

@@ -200,6 +200,6 @@ def _check_output(
         )
     if eps is not None:
         order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-        size = torch.linalg.vector_norm((x_adv - x).flatten(1).double(), order, dim=1).max()
+        size = torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), order, dim=1).max()
         if not size <= eps + _TOLERANCE * max(1.0, eps):
             raise ValueError(f"attack {name!r} left the {norm} ball of radius {eps:.6g}: distance {size:.6g}")

@@ -1,6 +1,7 @@
 """The fused ops. :mod:`blokern.ops.reference` defines each in plain torch."""
 
 import blokern._backend  # the native ops
+import blokern.ops.functorch
 import blokern.ops.traced  # noqa: F401  (those of traced graphs)
 from blokern.ops.attack import (
     apgd_step_,

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blokern.ops.definitions import ConvolutionDefinition, dense_arguments, is_transformed, with_definition
 from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
-__all__ = ["Geometry", "Plan", "conv2d_like", "dense_arguments", "kept_plan", "masked_conv2d", "plan_of"]
+__all__ = ["Geometry", "Plan", "conv2d_like", "kept_plan", "masked_conv2d", "plan_of"]
 
 
 def masked_conv2d(
@@ -52,7 +53,10 @@ def masked_conv2d(
     shape = Geometry.of(x, weight, stride, padding, dilation, groups)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y: Tensor
-    if torch.compiler.is_compiling():
+    if is_transformed():
+        definition = ConvolutionDefinition(mask.words, shape.how)
+        y = definition.forward(images, weight, bias, (shape.rows, *shape.out), dense_grad)
+    elif torch.compiler.is_compiling():
         y = torch.ops.blokern.traced_conv2d(images, weight, bias, mask.words, shape.numbers, dense_grad)
     else:
         y = torch.ops.blokern.masked_conv2d(images, weight, bias, *kept_plan(mask, shape), dense_grad)
@@ -108,6 +112,11 @@ class Geometry(NamedTuple):
         """In a row, as an op takes them."""
         return [n for part in self for n in (part if isinstance(part, tuple) else (part,))]
 
+    @property
+    def how(self) -> list[int]:
+        """Stride, zeros before, dilation and groups: a Plan's `numbers`."""
+        return [*self.stride, *self.before, *self.dilation, self.groups]
+
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> Geometry:
         """The inverse of `numbers`."""
@@ -136,9 +145,9 @@ def kept_plan(mask: SparseMask, shape: Geometry) -> Plan:
 
 
 def plan_of(mask: SparseMask, shape: Geometry) -> Plan:
-    """The plan, made anew. On CUDA, where products are dense, without streams."""
-    numbers = [*shape.stride, *shape.before, *shape.dilation, shape.groups]
-    if mask.device.type == "cuda":
+    """The plan, made anew. On CUDA, where products are dense, and for shapes alone, without streams."""
+    numbers = shape.how
+    if mask.device.type != "cpu":
         sizes = [shape.rows, *shape.out, shape.channels], [shape.channels, *shape.size, shape.rows]
         return Plan([], [], *sizes, numbers, mask.words)
     if shape.taps == (1, 1) and shape.stride == (1, 1) and shape.before == (0, 0):
@@ -272,33 +281,9 @@ def _no_grads(plan: Plan) -> tuple[Any, ...]:
 
 
 def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, dense_grad: bool) -> Tensor:
-    product: Tensor
     if not dense_grad:
-        product = torch.ops.blokern.masked_conv2d_weight(grad, x, *plan, weight.shape)
-    else:
-        product = torch.ops.blokern.conv2d_weight(grad, x, plan.geometry, weight.shape, plan.numbers)
-    return product
-
-
-def dense_arguments(
-    x: torch.Size, out: torch.Size, weight: Sequence[int], numbers: Sequence[int]
-) -> tuple[list[int], tuple[Any, ...]]:
-    """Of a plan's dense twin: F.pad's padding of x, and the arguments of aten.convolution from stride
-    on, for the shapes of input, output and weight.
-
-    Padding to the "same" size may be longer at the end: what outputs read beyond the padding on both sides is added to
-    x first.
-
-    >>> x, y = torch.Size([1, 2, 8, 8]), torch.Size([1, 3, 8, 8])
-    >>> dense_arguments(x, y, [3, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1])
-    ([0, 0, 0, 0], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
-    """
-    stride, before, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
-    high, wide = (
-        max(0, (o - 1) * s + d * (k - 1) + 1 - n - 2 * b)
-        for o, s, d, k, n, b in zip(out[2:], stride, dilation, weight[2:], x[2:], before, strict=True)
-    )
-    return [0, wide, 0, high], (stride, before, dilation, False, [0, 0], groups)
+        return _weight_op(grad, x, *plan, weight.shape)
+    return _dense_weight_op(grad, x, plan.geometry, weight.shape, plan.numbers)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -306,7 +291,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d_input(grad, weight, *plan, dense) if needs_x else None,
+        _input_op(grad, weight, *plan, dense) if needs_x else None,
         _by_weight(grad, x, weight, plan, dense) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
         *_no_grads(plan),
@@ -318,7 +303,7 @@ def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     needs_grad, needs_weight = ctx.needs_input_grad[:2]
     dense = ctx.dense_grad
     return (
-        torch.ops.blokern.masked_conv2d(cotangent, weight, None, *plan, dense) if needs_grad else None,
+        _conv2d_op(cotangent, weight, None, *plan, dense) if needs_grad else None,
         _by_weight(grad, cotangent, weight, plan, dense) if needs_weight else None,
         *_no_grads(plan),
     )
@@ -328,8 +313,8 @@ def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
     grad, x, plan = _saved(ctx)
     needs_grad, needs_x = ctx.needs_input_grad[:2]
     return (
-        torch.ops.blokern.masked_conv2d(x, cotangent, None, *plan, False) if needs_grad else None,
-        torch.ops.blokern.masked_conv2d_input(grad, cotangent, *plan, False) if needs_x else None,
+        _conv2d_op(x, cotangent, None, *plan, False) if needs_grad else None,
+        _input_op(grad, cotangent, *plan, False) if needs_x else None,
         *_no_grads(plan),
     )
 
@@ -407,3 +392,30 @@ torch.library.register_fake("blokern::conv2d_weight", _fake_dense_weight)
 torch.library.register_autograd(
     "blokern::conv2d_weight", _dense_weight_backward, setup_context=_save_dense_weight
 )
+
+
+def _conv2d_defined(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Any) -> Tensor:
+    *_, geometry, _, numbers, words, dense_grad = plan
+    return ConvolutionDefinition(words, numbers).forward(x, weight, bias, geometry[:3], dense_grad)
+
+
+def _input_defined(grad: Tensor, weight: Tensor, *plan: Any) -> Tensor:
+    *_, geometry_t, numbers, words, dense_grad = plan
+    return ConvolutionDefinition(words, numbers).by_input(grad, weight, geometry_t[:3], dense_grad)
+
+
+def _weight_defined(grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
+    *_, numbers, words, shape = plan
+    return ConvolutionDefinition(words, numbers).by_weight(grad, x, shape)
+
+
+def _dense_weight_defined(
+    grad: Tensor, x: Tensor, _: Any, shape: Sequence[int], numbers: Sequence[int]
+) -> Tensor:
+    return ConvolutionDefinition(None, numbers).by_weight(grad, x, shape)
+
+
+_conv2d_op = with_definition("masked_conv2d", _conv2d_defined)
+_input_op = with_definition("masked_conv2d_input", _input_defined)
+_weight_op = with_definition("masked_conv2d_weight", _weight_defined)
+_dense_weight_op = with_definition("conv2d_weight", _dense_weight_defined)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 __all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask"]
 
@@ -22,7 +24,8 @@ _CUDA_STREAM_DENSITY = 0.05
 
 
 class Stream(NamedTuple):
-    """Kept entries in the order of csrc/sparse/stream.h. On CUDA a mask that keeps much has none, but its words."""
+    """Kept entries in the order of csrc/sparse/stream.h. On CUDA a mask that keeps much has none, but its words, and
+    so has one on the meta device, which has no entries."""
 
     start: Tensor
     column: Tensor
@@ -45,6 +48,7 @@ class SparseMask:
 
     def __init__(self, mask: Tensor) -> None:
         _check(mask)
+        mask = _plain(mask, "mask")
         self.shape = mask.shape
         #: int64 [rows, ⌈cols / 64⌉]; column c is bit c % 64 of word c // 64.
         self.words: Tensor = self._packed(mask)
@@ -54,7 +58,7 @@ class SparseMask:
     def of_words(cls, words: Tensor, shape: torch.Size) -> SparseMask:
         """The mask of this shape whose `words` these are; they are shared, not copied."""
         mask = cls.__new__(cls)
-        mask.__setstate__({"shape": shape, "words": words})
+        mask.__setstate__({"shape": shape, "words": _plain(words, "words")})
         wanted = (mask.rows, (mask.cols + 63) // 64)
         if words.dtype != torch.int64 or words.shape != wanted:
             raise ValueError(
@@ -87,7 +91,7 @@ class SparseMask:
         return new
 
     def _packed(self, mask: Tensor) -> Tensor:
-        with torch.inference_mode(False):  # inference tensors have no version
+        with _own_level():
             words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
         return words
 
@@ -133,7 +137,7 @@ class SparseMask:
             self._forget()
         cache = self._cache  # another thread may begin a new one
         if key not in cache:
-            with torch.inference_mode(False):  # what is kept serves training too
+            with _own_level():
                 cache[key] = make()
         value: T = cache[key]
         return value
@@ -145,7 +149,9 @@ class SparseMask:
             words, cols = self.words, self.cols
             if transposed:
                 words, cols = torch.ops.blokern.transpose_words(words, cols), self.rows
-            if self.device.type == "cuda" and self.density > _CUDA_STREAM_DENSITY:
+            if self.device.type == "meta" or (
+                self.device.type == "cuda" and self.density > _CUDA_STREAM_DENSITY
+            ):
                 none = words.new_empty(0, dtype=torch.int32)
                 return Stream(none, none, 0, words)
             block = block_of(cols, self.density if self.device.type == "cpu" else 0.0)
@@ -171,6 +177,25 @@ class SparseMask:
 
     def __repr__(self) -> str:
         return f"SparseMask(shape={tuple(self.shape)}, density={self.density:.4g})"
+
+
+def _plain(t: Tensor, name: str) -> Tensor:
+    """A mask outside torch.func's transforms: it has no derivative, and is the same for all that is mapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            raise ValueError(
+                f"{name} must be the same for all that torch.vmap maps, got one for each: map the weights alone"
+            )
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+@contextlib.contextmanager
+def _own_level() -> Iterator[None]:
+    """For tensors that outlive the call: they are no inference tensors, which have no version and serve no training,
+    and no stand-ins of a torch.func transform, which die with it."""
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        yield
 
 
 def _check(mask: Tensor) -> None:

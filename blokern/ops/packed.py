@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blokern.ops.definitions import is_transformed, with_definition
 from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
 
 __all__ = ["PackedWeight", "pack_weight", "packed_linear"]
@@ -20,7 +21,7 @@ _SPARSE_BLOCK = 1024
 class PackedWeight:
     """The kept entries of a weight [rows, cols], in the order in which products walk them; made by `pack_weight`.
 
-    values: the weights (float32 for a bfloat16 weight); start and column: where they are, block by block of columns.
+    values: the weights (float32 for half weights); start and column: where they are, block by block of columns.
 
     >>> packed = pack_weight(torch.randn(4, 8), torch.rand(4, 8) < 0.5)
     >>> packed.rows, packed.cols
@@ -38,13 +39,19 @@ class PackedWeight:
 def pack_weight(weight: Tensor, mask: Tensor | SparseMask) -> PackedWeight:
     """The kept entries of weight [rows, cols] as they are now; weight and mask may go or change afterwards.
 
-    float64, float32 or bfloat16. It is packed for the device that it lies on. mask and errors as in :func:`spmm`.
+    float64, float32, bfloat16 or float16. It is packed for the device that it lies on. No derivative leads back to
+    the weight, so that within a torch.func transform, or with a tangent, it is a ValueError. mask and errors else as
+    in :func:`spmm`.
 
     >>> pack_weight(torch.eye(2), torch.eye(2) > 0).values
     tensor([1., 1.])
     """
     mask = as_mask(mask)
     check_mask(mask, weight, "weight")
+    if is_transformed():
+        raise ValueError(
+            "pack_weight has no derivative or vmap rule: pack weight outside torch.func and forward-mode transforms"
+        )
     rows, cols = mask.rows, mask.cols
     block = block_of(cols, mask.density if mask.device.type == "cpu" else 0.0)
     if mask.density < 0.15:
@@ -56,7 +63,7 @@ def pack_weight(weight: Tensor, mask: Tensor | SparseMask) -> PackedWeight:
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias) of the packed weight; without derivatives.
+    """F.linear(x, weight, bias) of the packed weight; no derivatives but forward mode's.
 
     x: [..., cols], of the dtype that the weight had; bias: [rows]. Raises ValueError or TypeError, naming the argument,
     for shapes or dtypes that do not fit, and for an x or bias whose gradient is wanted.
@@ -73,7 +80,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
         raise ValueError(f"x must have shape [..., {weight.cols}], got {tuple(x.shape)}")
     samples = x.reshape(math.prod(x.shape[:-1]), weight.cols).t()
     entries = (weight.start, weight.column, weight.block, weight.rows)
-    y: Tensor = torch.ops.blokern.packed_spmm(weight.values, samples, bias, *entries).t()
+    y = _packed_spmm_op(weight.values, samples, bias, *entries).t()
     return y.reshape(*x.shape[:-1], weight.rows)
 
 
@@ -93,3 +100,15 @@ def _fake_spmm(
 
 torch.library.register_fake("blokern::packed_values", _fake_values)
 torch.library.register_fake("blokern::packed_spmm", _fake_spmm)
+
+
+def _packed_spmm_defined(
+    values: Tensor, x: Tensor, bias: Tensor | None, start: Tensor, column: Tensor, block: int, rows: int
+) -> Tensor:
+    part = torch.repeat_interleave(start.diff(), output_size=len(column))  # block by block, row by row
+    weight = x.new_zeros(rows, x.shape[0]).index_put((part % max(rows, 1), column), values.to(x.dtype))
+    y = weight @ x
+    return y if bias is None else y + bias.unsqueeze(1)
+
+
+_packed_spmm_op = with_definition("packed_spmm", _packed_spmm_defined)

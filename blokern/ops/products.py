@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blokern.ops.definitions import is_transformed, sddmm_definition, spmm_definition, with_definition
 from blokern.ops.mask import SparseMask, as_mask, check_mask
 
 __all__ = ["masked_linear", "sddmm", "spmm", "spmm_like"]
@@ -48,7 +49,9 @@ def sddmm(a: Tensor, b: Tensor, mask: Tensor | SparseMask) -> Tensor:
     if a.dim() == 2 and b.dim() == 2 and (mask.rows, mask.cols) != (len(a), len(b)):
         raise ValueError(f"mask must have shape {(len(a), len(b))} to fit a and b, got {tuple(mask.shape)}")
     out: Tensor
-    if torch.compiler.is_compiling():
+    if is_transformed():
+        out = sddmm_definition(a, b, mask.words)
+    elif torch.compiler.is_compiling():
         out = torch.ops.blokern.traced_sddmm(a, b, mask.words, False)
     else:
         out = torch.ops.blokern.sddmm(a, b, *_streams(mask, a, b))
@@ -85,7 +88,9 @@ def _spmm(
     weight: Tensor, mask: SparseMask, x: Tensor, bias: Tensor | None, dense_grad: bool = False
 ) -> Tensor:
     y: Tensor
-    if torch.compiler.is_compiling():
+    if is_transformed():
+        y = spmm_definition(weight, x, bias, mask.words, dense_grad)
+    elif torch.compiler.is_compiling():
         y = torch.ops.blokern.traced_spmm(weight, x, bias, mask.words, False, dense_grad)
     else:
         y = torch.ops.blokern.spmm(weight, x, bias, *_streams(mask, weight, x), dense_grad)
@@ -128,11 +133,11 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_weight, needs_x, needs_bias = ctx.needs_input_grad[:3]
     by_weight = None
     if needs_weight:
-        by_weight = grad @ x.t() if ctx.dense_grad else torch.ops.blokern.sddmm(grad, x, *streams)
+        by_weight = grad @ x.t() if ctx.dense_grad else _sddmm_op(grad, x, *streams)
     turned = (*_turned(streams), ctx.dense_grad)
     return (
         by_weight,
-        torch.ops.blokern.spmm(weight.t(), grad, None, *turned) if needs_x else None,
+        _spmm_op(weight.t(), grad, None, *turned) if needs_x else None,
         grad.sum(1) if needs_bias else None,
         *[None] * 9,
     )
@@ -142,8 +147,8 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, streams = _saved(ctx)
     needs_a, needs_b = ctx.needs_input_grad[:2]
     return (
-        torch.ops.blokern.spmm(grad, b, None, *streams) if needs_a else None,
-        torch.ops.blokern.spmm(grad.t(), a, None, *_turned(streams)) if needs_b else None,
+        _spmm_op(grad, b, None, *streams, False) if needs_a else None,
+        _spmm_op(grad.t(), a, None, *_turned(streams), False) if needs_b else None,
         *[None] * 8,
     )
 
@@ -164,3 +169,15 @@ torch.library.register_fake("blokern::spmm", spmm_like)
 torch.library.register_fake("blokern::sddmm", _fake_sddmm)
 torch.library.register_autograd("blokern::spmm", _spmm_backward, setup_context=_save_spmm)
 torch.library.register_autograd("blokern::sddmm", _sddmm_backward, setup_context=_save)
+
+
+def _spmm_defined(weight: Tensor, x: Tensor, bias: Tensor | None, *streams: Any) -> Tensor:
+    return spmm_definition(weight, x, bias, streams[3], *streams[8:])
+
+
+def _sddmm_defined(a: Tensor, b: Tensor, *streams: Any) -> Tensor:
+    return sddmm_definition(a, b, streams[3])
+
+
+_spmm_op = with_definition("spmm", _spmm_defined)
+_sddmm_op = with_definition("sddmm", _sddmm_defined)

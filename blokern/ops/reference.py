@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blokern.ops.definitions import StraightThrough
 from blokern.ops.mask import SparseMask
 from blokern.ops.types import Norm, PerSample, Scope
 
@@ -50,8 +50,9 @@ def pgd_step(
     clip_max: float = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    moved = x_adv + _rows(step_size, x_adv) * _direction(grad.to(x_adv.dtype), norm)
-    return _where_active(active, _project(moved, x, eps, norm, clip_min, clip_max), x_adv)
+    start = _wide(x_adv)
+    moved = start + _rows(step_size, start) * _direction(grad.to(start.dtype), norm)
+    return _where_active(active, _project(moved, x, eps, norm, clip_min, clip_max, x.dtype), x_adv)
 
 
 def pgd_step_(x_adv: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -68,7 +69,8 @@ def project(
     clip_max: float = 1.0,
     active: Tensor | None = None,
 ) -> Tensor:
-    return _where_active(active, _project(x_adv, x, eps, norm, clip_min, clip_max), x_adv)
+    projected = _project(_wide(x_adv), x, eps, norm, clip_min, clip_max, x.dtype)
+    return _where_active(active, projected, x_adv)
 
 
 def project_(x_adv: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -90,12 +92,14 @@ def apgd_step_(
     keep: int | Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    grad = grad.to(x_adv.dtype)
+    current = _wide(x_adv)
+    grad = grad.to(current.dtype)
     direction = _sparse_sign(grad, keep) if norm == "l1" else _direction(grad, norm)
-    z = _project(x_adv + _rows(step_size, x_adv) * direction, x, eps, norm, clip_min, clip_max)
+    z = current + _rows(step_size, current) * direction
     if momentum != 1.0:
-        z = x_adv + momentum * (z - x_adv) + (1.0 - momentum) * (x_adv - x_prev)
-        z = _project(z, x, eps, norm, clip_min, clip_max)
+        z = _project(z, x, eps, norm, clip_min, clip_max, z.dtype)
+        z = current + momentum * (z - current) + (1.0 - momentum) * (current - x_prev)
+    z = _project(z, x, eps, norm, clip_min, clip_max, x.dtype)
     x_next, x_last = _where_active(active, z, x_adv), _where_active(active, x_adv, x_prev)
     x_prev.copy_(x_last)
     return x_adv.copy_(x_next)
@@ -110,7 +114,7 @@ def random_start(
     clip_max: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The distribution, not the bits: uniform in the ball around x, then clipped to the box."""
+    """The distribution, not the bits: uniform in the ball around x, then projected onto ball and box."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, dtype=torch.float64, generator=generator)
@@ -125,8 +129,11 @@ def random_start(
         e = -torch.log1p(-uniform(n, d + 1))
         sign = 2.0 * (uniform(n, d) < 0.5).double() - 1.0
         delta = sign * e[:, :d] / e.sum(dim=1, keepdim=True)
-    x_adv = x.double() + _rows(eps, x).double() * delta.view(x.shape)
-    return x_adv.clamp(clip_min, clip_max).to(x.dtype)
+    x_adv = x.double() + _rows(eps, x.double()) * delta.view(x.shape)
+    if norm == "linf":
+        return _project(x_adv, x, eps, norm, clip_min, clip_max, x.dtype)
+    lo, hi = _box_in(x.dtype, clip_min, clip_max)
+    return _stored_towards(x.double(), x_adv, x.dtype).clamp(lo, hi).to(x.dtype)
 
 
 def fast_bat_step(
@@ -139,10 +146,13 @@ def fast_bat_step(
     clip_min: float = 0.0,
     clip_max: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    dtype, z, x = z.dtype, _wide(z), _wide(x)
     u = z - _rows(step_size, z) * grad.to(z.dtype)
-    r = _rows(eps, z)
-    lower, upper = torch.clamp(clip_min - x, min=-r), torch.clamp(clip_max - x, max=r)
-    return u.clamp(-r, r).clamp(clip_min - x, clip_max - x), (lower < u) & (u < upper)
+    r = _largest_below(_rows(eps, z), dtype)
+    lo, hi = _box_in(dtype, clip_min, clip_max)
+    to_lo, to_hi = -_largest_below(x - lo, dtype), _largest_below(hi - x, dtype)
+    lower, upper = torch.maximum(to_lo, -r), torch.minimum(to_hi, r)
+    return u.clamp(-r, r).clamp(to_lo, to_hi).to(dtype), (lower < u) & (u < upper)
 
 
 def spmm(weight: Tensor, mask: Tensor | SparseMask, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -272,20 +282,8 @@ def _kept(weight: Tensor, mask: Tensor | SparseMask, dense_grad: bool = False) -
     mask = mask.to_dense() if isinstance(mask, SparseMask) else mask
     if not dense_grad:
         return torch.where(mask, weight, 0.0)
-    kept: Tensor = _StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
+    kept: Tensor = StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
     return kept
-
-
-class _StraightThrough(torch.autograd.Function):
-    """weight ⊙ mask, whose derivative is that of weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -322,16 +320,51 @@ def _sparse_sign(grad: Tensor, keep: int | Tensor | None) -> Tensor:
 
 
 def _project(
-    x_adv: Tensor, x: Tensor, eps: PerSample, norm: Norm, clip_min: float, clip_max: float
+    x_adv: Tensor, x: Tensor, eps: PerSample, norm: Norm, clip_min: float, clip_max: float, dtype: torch.dtype
 ) -> Tensor:
+    """To the ball around x and the box, as `dtype`: a half result lies in both as it is stored."""
+    x = x.to(x_adv.dtype)
     r = _rows(eps, x)
+    lo, hi = _box_in(dtype, clip_min, clip_max)
     delta = x_adv - x
     if norm == "linf":
-        return x_adv.clamp(x - r, x + r).clamp(clip_min, clip_max)
+        lower, upper = -_largest_below(r - x, dtype), _largest_below(x + r, dtype)
+        return x_adv.clamp(lower, upper).clamp(lo, hi).to(dtype)
     if norm == "l2":
         size = _norm(delta, 2)
-        return (x + delta * torch.where(size > r, r / size, torch.ones_like(size))).clamp(clip_min, clip_max)
-    return x + _project_l1_box(delta, r, clip_min - x, clip_max - x)
+        moved = x + delta * torch.where(size > r, r / size, torch.ones_like(size))
+    else:
+        moved = x + _project_l1_box(delta, r, lo - x, hi - x)
+    return _stored_towards(x, moved, dtype).clamp(lo, hi).to(dtype)
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """A half tensor as float64, to compute with."""
+    return t.double() if _is_half(t.dtype) else t
+
+
+def _largest_below(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of a half type that is at most v; v itself for the other types."""
+    if not _is_half(dtype):
+        return v
+    nearest = v.to(dtype)
+    lower = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
+    return torch.where(nearest.double() > v, lower, nearest).double()
+
+
+def _stored_towards(x: Tensor, moved: Tensor, dtype: torch.dtype) -> Tensor:
+    """`moved` as `dtype`, a half type's numbers being no farther from x."""
+    return torch.where(moved < x, -_largest_below(-moved, dtype), _largest_below(moved, dtype))
+
+
+def _box_in(dtype: torch.dtype, clip_min: float, clip_max: float) -> tuple[float, float]:
+    """The box of the type's own numbers."""
+    low, high = _largest_below(torch.tensor([-clip_min, clip_max], dtype=torch.float64), dtype).tolist()
+    return -low, high
 
 
 def _project_l1_box(u: Tensor, eps: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

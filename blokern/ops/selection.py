@@ -116,8 +116,9 @@ def _group_mask(scores: Tensor, density: float, dim: int) -> Tensor:
     if scores.dtype not in _DTYPES:
         raise TypeError(f"scores must be float64, float32, bfloat16 or float16, got {scores.dtype}")
     # Row by row, all summed in the same order: equal groups then have equal norms, and tie.
-    groups = scores.detach().transpose(0, dim).flatten(1).contiguous()
-    norms = torch.linalg.vector_norm(groups, dim=1, dtype=torch.float64)
+    with torch.no_grad():
+        groups = scores.transpose(0, dim).flatten(1).contiguous()
+        norms = torch.linalg.vector_norm(groups, dim=1, dtype=torch.float64)
     kept = topk_mask(norms, density)
     shape = [1] * scores.dim()
     shape[dim] = -1

@@ -53,12 +53,11 @@ class _Masked(nn.Module):
 
 
 def under_autocast(x: Tensor, *parameters: Tensor | None) -> Any:
-    """The factors of a layer, in the dtype that its nn twin computes in under the caller's autocast: bfloat16; float32
-    where that is float16, which has no kernels. float64 stays."""
-    if not torch.is_autocast_enabled(x.device.type):
+    """The factors of a layer, in the dtype that its nn twin computes in under the caller's autocast. float64 stays."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return x, *parameters
-    wanted = torch.get_autocast_dtype(x.device.type)
-    dtype = torch.float32 if wanted == torch.float16 else wanted
+    dtype = torch.get_autocast_dtype(device)
     return (*(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters)),)
 
 

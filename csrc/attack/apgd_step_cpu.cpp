@@ -76,12 +76,12 @@ void apgd_step_linf(const ApgdStep<T, G>& p, int64_t begin, int64_t end) {
     T* const x_prev = p.x_prev[n];
     const T* const x = p.x[n];
     const G* const grad = p.grad[n];
-    const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(static_cast<A>(p.eps[n]));
+    const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(radius_in<T>(p.eps[n]));
     sweep<A>(first, last, [=](int64_t i, auto w) {
       const auto current = load<A>(x_adv + i, w), original = load<A>(x + i, w);
-      auto next = linf_project(current + step_size * sign(load<A>(grad + i, w)), original, eps, lo, hi);
+      auto next = linf_project<T>(current + step_size * sign(load<A>(grad + i, w)), original, eps, lo, hi);
       if (p.momentum != 1) {
-        next = linf_project(with_momentum(next, current, load<A>(x_prev + i, w), momentum), original, eps, lo,
+        next = linf_project<T>(with_momentum(next, current, load<A>(x_prev + i, w), momentum), original, eps, lo,
                             hi);
       }
       store(x_prev + i, current, w);

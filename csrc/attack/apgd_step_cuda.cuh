@@ -26,7 +26,7 @@ struct ApgdStepLinf {
     T* const x_prev = p.x_prev[n];
     const T* const x = p.x[n];
     const G* const grad = p.grad[n];
-    const A step_size = static_cast<A>(p.step_size[n]), eps = static_cast<A>(p.eps[n]);
+    const A step_size = static_cast<A>(p.step_size[n]), eps = radius_in<T>(p.eps[n]);
     const A momentum = static_cast<A>(p.momentum);
     const bool has_momentum = p.momentum != 1;
     const Limits<A> box(p.clip);
@@ -35,12 +35,12 @@ struct ApgdStepLinf {
       const auto current = load<A>(x_adv + i, part), original = load<A>(x + i, part),
                  g = load<A>(grad + i, part);
       auto next = each<A>(part, [&](int k) {
-        return linf_project(current[k] + step_size * sign(g[k]), original[k], eps, box.lo, box.hi);
+        return linf_project<T>(current[k] + step_size * sign(g[k]), original[k], eps, box.lo, box.hi);
       });
       if (has_momentum) {
         const auto previous = load<A>(x_prev + i, part);
         next = each<A>(part, [&](int k) {
-          return linf_project(with_momentum(next[k], current[k], previous[k], momentum), original[k], eps,
+          return linf_project<T>(with_momentum(next[k], current[k], previous[k], momentum), original[k], eps,
                               box.lo, box.hi);
         });
       }
@@ -65,8 +65,8 @@ BLOKERN_DEVICE void finish_apgd(const ApgdStep<T, G>& p, int64_t n, Team& team, 
       store(x_adv + i, each<A>(part, [&](int k) { return project(d[k], original[k]); }), part);
     });
   };
+  if (p.momentum == 1) return take(delta, Norm::template fit<T>(team, walk, x, p.eps[n], p.clip, delta));
   const auto first = Norm::template fit<A>(team, walk, x, p.eps[n], p.clip, delta);
-  if (p.momentum == 1) return take(delta, first);
   const A momentum = static_cast<A>(p.momentum);
   const auto mixed = [=](int64_t i, auto part) {
     const auto d = delta(i, part), original = load<A>(x + i, part);
@@ -75,7 +75,7 @@ BLOKERN_DEVICE void finish_apgd(const ApgdStep<T, G>& p, int64_t n, Team& team, 
       return with_momentum(first(d[k], original[k]), current[k], previous[k], momentum) - original[k];
     });
   };
-  take(mixed, Norm::template fit<A>(team, walk, x, p.eps[n], p.clip, mixed));
+  take(mixed, Norm::template fit<T>(team, walk, x, p.eps[n], p.clip, mixed));
 }
 
 struct ApgdStepL2 {

@@ -1,27 +1,49 @@
 // The projections onto {‖δ‖ ≤ eps} and the image box, an element at a time: scalar on host and device, lanes
 // on the CPU. And what is made of a sample's sums, which the kernels form.
+//
+// T is what the result is stored as. As a half type it is in the ball and in the box as stored: bounds are
+// rounded towards x (support/rounding.h), and a box is one of T's own numbers (box_in). Floats and doubles are
+// rounded to the nearest, as in a loop of torch's ops, whose bits L∞ has.
 #pragma once
 
-#include "support/math.h"
+#include "attack/batch.h"
+#include "support/rounding.h"
 
 namespace blokern {
 
+// A radius in the type of the arithmetic.
+template <class T>
+BLOKERN_INLINE Accum<T> radius_in(double eps) {
+  if constexpr (kIsHalf<T>) return float_below(eps);
+  return static_cast<Accum<T>>(eps);
+}
+
+// The part of a box that T has numbers of: none where min > max.
+template <class T>
+BLOKERN_INLINE Box box_in(Box box) {
+  if constexpr (kIsHalf<T>) {
+    return {-static_cast<double>(floor_to<T>(float_below(-box.min))),
+            static_cast<double>(floor_to<T>(float_below(box.max)))};
+  }
+  return box;
+}
+
 // L∞: to the ball, then to the box. The box wins where the two do not meet.
-template <class V>
+template <class T, class V>
 BLOKERN_INLINE V linf_project(V x_adv, V x, V eps, V lo, V hi) {
-  return clamp(clamp(x_adv, x - eps, x + eps), lo, hi);
+  return clamp(clamp(x_adv, sum_above<T>(x, -eps), sum_below<T>(x, eps)), lo, hi);
 }
 
 // L2, with scale = min(1, eps / ‖δ‖): to the ball, then to the box.
-template <class V>
+template <class T, class V>
 BLOKERN_INLINE V scale_and_clip(V delta, V x, V scale, V lo, V hi) {
-  return clamp(x + scale * delta, lo, hi);
+  return clamp(move_within<T>(x, scale * delta), lo, hi);
 }
 
 // L1 and box together, the Euclidean projection: soft-threshold δ by the sample's τ, then to the box.
-template <class V>
+template <class T, class V>
 BLOKERN_INLINE V l1_project(V delta, V x, V tau, V lo, V hi) {
-  return clamp(x + sign(delta) * larger(absolute(delta) - tau, V(0)), lo, hi);
+  return clamp(move_within<T>(x, sign(delta) * larger(absolute(delta) - tau, V(0))), lo, hi);
 }
 
 // τ is the root of Σ|projected δ(τ)| = eps. Each |projected δ| is floor + clamp(size − τ, 0, cap):

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
+#include "attack/ball.h"
 #include "attack/batch.h"
 #include "support/cuda/call.h"
-#include "support/math.h"
 
 namespace blokern {
 
@@ -29,10 +29,11 @@ struct FastBatDelta {
   V u, lower, upper, delta;
 };
 
-template <class V>
+// eps: a T, for a half type; then so are the bounds (ball.h).
+template <class T, class V>
 BLOKERN_INLINE FastBatDelta<V> fast_bat_delta(V z, V x, V grad, V step_size, V eps, V lo, V hi) {
   const V u = z - step_size * grad;
-  const V to_lo = lo - x, to_hi = hi - x;
+  const V to_lo = sum_above<T>(lo, -x), to_hi = sum_below<T>(hi, -x);
   const V delta = clamp(clamp(u, -eps, eps), to_lo, to_hi);
   return {u, larger(-eps, to_lo), -larger(-eps, -to_hi), delta};
 }

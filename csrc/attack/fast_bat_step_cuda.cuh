@@ -19,7 +19,7 @@ struct FastBatStepRow {
     const G* const grad = p.grad[n];
     T* const delta = p.delta[n];
     bool* const free = p.free[n];
-    const A step_size = static_cast<A>(p.step_size[n]), eps = static_cast<A>(p.eps[n]);
+    const A step_size = static_cast<A>(p.step_size[n]), eps = sum_below<T>(A(0), radius_in<T>(p.eps[n]));
     const Limits<A> box(p.clip);
     const auto walk = team.walk<kPackSize<T, G>>(p.batch.size, misalignment(delta));
     walk.sweep([=](int64_t i, auto part) {
@@ -28,7 +28,7 @@ struct FastBatStepRow {
       Pack<bool, part.size> is_free;
 #pragma unroll
       for (int k = 0; k < part.size; ++k) {
-        const auto step = fast_bat_delta(at[k], original[k], g[k], step_size, eps, box.lo, box.hi);
+        const auto step = fast_bat_delta<T>(at[k], original[k], g[k], step_size, eps, box.lo, box.hi);
         deltas[k] = step.delta;
         is_free[k] = less(step.lower, step.u) && less(step.u, step.upper);
       }

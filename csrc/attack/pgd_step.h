@@ -21,9 +21,9 @@ struct PgdStep {
   Box clip;
 };
 
-template <class V>
+template <class T, class V>
 BLOKERN_INLINE V linf_step(V x_adv, V x, V grad, V step_size, V eps, V lo, V hi) {
-  return linf_project(x_adv + step_size * sign(grad), x, eps, lo, hi);
+  return linf_project<T>(x_adv + step_size * sign(grad), x, eps, lo, hi);
 }
 
 // An L2 step's length and outcome, from a sample's Σg², Σδ² and Σδg before it: one reduction serves the

@@ -15,10 +15,10 @@ void pgd_step_linf(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
     if (p.batch.skips(n)) return copy_row(x_adv, out, first, last);
     const T* const x = p.x[n];
     const G* const grad = p.grad[n];
-    const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(static_cast<A>(p.eps[n]));
+    const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(radius_in<T>(p.eps[n]));
     sweep<A>(first, last, [=](int64_t i, auto w) {
       store(out + i,
-            linf_step(load<A>(x_adv + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi),
+            linf_step<T>(load<A>(x_adv + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi),
             w);
     });
   });
@@ -57,7 +57,7 @@ void pgd_step_l2(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
     sweep<A>(0, size, [=](int64_t i, auto w) {
       const auto original = load<A>(x + i, w);
       const auto delta = (load<A>(x_adv + i, w) - original) + s * load<A>(grad + i, w);
-      store(out + i, scale_and_clip(delta, original, shrink, lo, hi), w);
+      store(out + i, scale_and_clip<T>(delta, original, shrink, lo, hi), w);
     });
   }
 }

@@ -24,10 +24,10 @@ struct PgdStepLinf {
     T* const out = p.out[n];
     const auto walk = team.walk<kPackSize<T, G>>(p.batch.size, misalignment(out));
     if (p.batch.skips(n)) return copy_row<A>(walk, x_adv, out);
-    const A step_size = static_cast<A>(p.step_size[n]), eps = static_cast<A>(p.eps[n]);
+    const A step_size = static_cast<A>(p.step_size[n]), eps = radius_in<T>(p.eps[n]);
     const Limits<A> box(p.clip);
     const auto next = delta_of<A>(x_adv, p.x[n], p.grad[n], [=](A current, A original, A grad) {
-      return linf_step(current, original, grad, step_size, eps, box.lo, box.hi);
+      return linf_step<T>(current, original, grad, step_size, eps, box.lo, box.hi);
     });
     walk.sweep([=](int64_t i, auto part) { store(out + i, next(i, part), part); });
   }
@@ -63,7 +63,7 @@ struct PgdStepL2 {
     const ScaledNorm norm =
         sum.trusted ? ScaledNorm{1, std::sqrt(sum.squared)} : norm_of<2, A>(team, walk, delta);
     const A shrink = static_cast<A>(shrink_to(p.eps[n], norm.scale * norm.norm));
-    finish_row<A>(walk, x, p.out[n], delta, L2Projection<A>{shrink, Limits<A>(p.clip)});
+    finish_row<A>(walk, x, p.out[n], delta, L2Projection<T>{shrink, Limits<A>(p.clip)});
   }
 };
 
@@ -79,7 +79,7 @@ struct PgdStepL1 {
     const auto gradient = [=](int64_t i, auto part) { return load<A>(grad + i, part); };
     const NormedStep<A> step(norm_of<1, A>(team, walk, gradient), p.step_size[n]);
     const auto delta = delta_of<A>(static_cast<const T*>(p.x_adv[n]), p.x[n], grad, step);
-    finish_row<A>(walk, p.x[n], p.out[n], delta, L1::fit<A>(team, walk, p.x[n], p.eps[n], p.clip, delta));
+    finish_row<A>(walk, p.x[n], p.out[n], delta, L1::fit<T>(team, walk, p.x[n], p.eps[n], p.clip, delta));
   }
 };
 

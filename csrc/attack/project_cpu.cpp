@@ -14,9 +14,9 @@ void project_linf(const Project<T>& p, int64_t begin, int64_t end) {
     T* const out = p.out[n];
     if (p.batch.skips(n)) return copy_row(x_adv, out, first, last);
     const T* const x = p.x[n];
-    const Lanes<A> eps(static_cast<A>(p.eps[n]));
+    const Lanes<A> eps(radius_in<T>(p.eps[n]));
     sweep<A>(first, last, [=](int64_t i, auto w) {
-      store(out + i, linf_project(load<A>(x_adv + i, w), load<A>(x + i, w), eps, lo, hi), w);
+      store(out + i, linf_project<T>(load<A>(x_adv + i, w), load<A>(x + i, w), eps, lo, hi), w);
     });
   });
 }

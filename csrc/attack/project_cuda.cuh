@@ -18,12 +18,12 @@ struct ProjectLinf {
     T* const out = p.out[n];
     const auto walk = team.walk<kPackSize<T>>(p.batch.size, misalignment(out));
     if (p.batch.skips(n)) return copy_row<A>(walk, x_adv, out);
-    const A eps = static_cast<A>(p.eps[n]);
+    const A eps = radius_in<T>(p.eps[n]);
     const Limits<A> box(p.clip);
     walk.sweep([=](int64_t i, auto part) {
       const auto current = load<A>(x_adv + i, part), original = load<A>(x + i, part);
       store(out + i,
-            each<A>(part, [&](int k) { return linf_project(current[k], original[k], eps, box.lo, box.hi); }),
+            each<A>(part, [&](int k) { return linf_project<T>(current[k], original[k], eps, box.lo, box.hi); }),
             part);
     });
   }
@@ -44,7 +44,7 @@ struct ProjectRow {
       const auto current = load<A>(x_adv + i, part), original = load<A>(x + i, part);
       return each<A>(part, [&](int k) { return current[k] - original[k]; });
     };
-    finish_row<A>(walk, x, p.out[n], delta, Norm::template fit<A>(team, walk, x, p.eps[n], p.clip, delta));
+    finish_row<A>(walk, x, p.out[n], delta, Norm::template fit<T>(team, walk, x, p.eps[n], p.clip, delta));
   }
 };
 

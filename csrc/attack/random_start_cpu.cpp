@@ -50,7 +50,7 @@ template <class T, class A>
 void finish_row(const A* delta, const T* x, double scale, Box clip, T* out, int64_t size) {
   const Lanes<A> s(static_cast<A>(scale)), lo(static_cast<A>(clip.min)), hi(static_cast<A>(clip.max));
   sweep<A>(0, size, [=](int64_t i, auto w) {
-    store(out + i, scale_and_clip(load<A>(delta + i, w), load<A>(x + i, w), s, lo, hi), w);
+    store(out + i, scale_and_clip<T>(load<A>(delta + i, w), load<A>(x + i, w), s, lo, hi), w);
   });
 }
 
@@ -59,12 +59,19 @@ void finish_row(const A* delta, const T* x, double scale, Box clip, T* out, int6
 template <class T>
 void random_start_linf(const RandomStart<T>& p, int64_t begin, int64_t end) {
   using A = Accum<T>;
+  const Lanes<A> lo(static_cast<A>(p.clip.min)), hi(static_cast<A>(p.clip.max));
   A* const delta = scratch<A>(p.batch.size);
   for (int64_t n = begin; n < end; ++n) {
     for_each_words(p.seed, p.first + n, p.batch.size, [&](int64_t i, int count, const Words& words) {
       for (int j = 0; j < count; ++j) delta[i + j] = linf_draw<A>(words[j]);
     });
-    finish_row(delta, p.x[n], p.eps[n], p.clip, p.out[n], p.batch.size);
+    const T* const x = p.x[n];
+    T* const out = p.out[n];
+    const Lanes<A> eps(radius_in<T>(p.eps[n]));
+    sweep<A>(0, p.batch.size, [=](int64_t i, auto w) {
+      const auto original = load<A>(x + i, w);
+      store(out + i, linf_project<T>(original + eps * load<A>(delta + i, w), original, eps, lo, hi), w);
+    });
   }
 }
 

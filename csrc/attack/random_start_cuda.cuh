@@ -67,7 +67,7 @@ constexpr int kDraws = kPackSize<T> > 4 ? kPackSize<T> : 4;
 template <class A, class T, int kSize, class Delta>
 BLOKERN_DEVICE void finish_start(const RandomStart<T>& p, int64_t n, const Walk<kSize>& walk, double scale,
                                  Delta delta) {
-  finish_row<A>(walk, p.x[n], p.out[n], delta, L2Projection<A>{static_cast<A>(scale), Limits<A>(p.clip)});
+  finish_row<A>(walk, p.x[n], p.out[n], delta, L2Projection<T>{static_cast<A>(scale), Limits<A>(p.clip)});
 }
 
 struct RandomStartLinf {
@@ -77,8 +77,17 @@ struct RandomStartLinf {
   static BLOKERN_DEVICE void row(const RandomStart<T>& p, int64_t n, Team& team) {
     using A = Accum<T>;
     const Draws draws(p.seed, p.first + n);
-    finish_start<A>(p, n, team.walk<kDraws<T>>(p.batch.size, 0), p.eps[n], [=](int64_t i, auto part) {
-      return draws.singles<A>(i, part, [](uint32_t word) { return linf_draw<A>(word); });
+    const T* const x = p.x[n];
+    T* const out = p.out[n];
+    const A eps = radius_in<T>(p.eps[n]);
+    const Limits<A> box(p.clip);
+    team.walk<kDraws<T>>(p.batch.size, 0).sweep([=](int64_t i, auto part) {
+      const auto original = load<A>(x + i, part);
+      const auto draw = draws.singles<A>(i, part, [](uint32_t word) { return linf_draw<A>(word); });
+      store(out + i, each<A>(part, [&](int k) {
+              return linf_project<T>(original[k] + eps * draw[k], original[k], eps, box.lo, box.hi);
+            }),
+            part);
     });
   }
 };

@@ -62,6 +62,16 @@ inline const bool* data_or_null(const Tensor& active) {
   return active.defined() ? active.const_data_ptr<bool>() : nullptr;
 }
 
+// The box, of numbers that T has.
+template <class T>
+Box box_of(double clip_min, double clip_max) {
+  const Box box = box_in<T>({clip_min, clip_max});
+  TORCH_CHECK_VALUE(box.min <= box.max, "no ", c10::CppTypeToScalarType<T>::value,
+                    " lies between clip_min and clip_max, got clip_min=", clip_min, " and clip_max=", clip_max,
+                    ": take float32 images");
+  return box;
+}
+
 inline void bump_version(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
@@ -69,13 +79,10 @@ inline void bump_version(const Tensor& t) {
 inline void check_pair(const Tensor& x_adv, const char* name, const Tensor& x) {
   checks::images(x_adv, name);
   checks::same_images(x, "x", x_adv, name);
-  checks::constant(x_adv, name);
-  checks::constant(x, "x");
 }
 
 inline void check_gradient(const Tensor& grad, const Tensor& like, const char* like_name) {
   checks::gradient(grad, like, like_name);
-  checks::constant(grad, "grad");
 }
 
 inline void check_in_place(const Tensor& t, const char* name,
@@ -104,7 +111,7 @@ void pgd_step_into(const Tensor& x_adv, const Tensor& x, const Tensor& grad, Num
                           rows.write<T>(rows_out),
                           step.value,
                           radius.value,
-                          {clip_min, clip_max}};
+                          box_of<T>(clip_min, clip_max)};
     if constexpr (norm == Norm::linf) Device::elements(x_adv, p, BLOKERN_KERNEL(pgd_step_linf));
     if constexpr (norm == Norm::l2) Device::samples(x_adv, p, BLOKERN_KERNEL(pgd_step_l2));
     if constexpr (norm == Norm::l1) Device::samples(x_adv, p, BLOKERN_KERNEL(pgd_step_l1));
@@ -156,7 +163,7 @@ void project_into(const Tensor& x_adv, const Tensor& x, Number eps, double clip_
                        rows.read<T>(rows_x),
                        rows.write<T>(rows_out),
                        radius.value,
-                       {clip_min, clip_max}};
+                       box_of<T>(clip_min, clip_max)};
     if constexpr (norm == Norm::linf) Device::elements(x_adv, p, BLOKERN_KERNEL(project_linf));
     if constexpr (norm == Norm::l2) Device::samples(x_adv, p, BLOKERN_KERNEL(project_l2));
     if constexpr (norm == Norm::l1) Device::samples(x_adv, p, BLOKERN_KERNEL(project_l1));
@@ -190,7 +197,6 @@ void apgd_step_(const Tensor& x_adv, const Tensor& x_prev, const Tensor& x, cons
   check_pair(x_adv, "x_adv", x);
   check_gradient(grad, x_adv, "x_adv");
   checks::same_images(x_prev, "x_prev", x_adv, "x_adv");
-  checks::constant(x_prev, "x_prev");
   check_in_place(x_adv, "x_adv", {{x, "x"}, {grad, "grad"}});
   checks::writable(x_prev, "x_prev");
   for (const auto& [other, name] : {std::pair{x_adv, "x_adv"}, {x, "x"}, {grad, "grad"}}) {
@@ -228,7 +234,7 @@ void apgd_step_(const Tensor& x_adv, const Tensor& x_prev, const Tensor& x, cons
                            radius.value,
                            momentum,
                            counts.defined() ? counts.const_data_ptr<int64_t>() : nullptr,
-                           {clip_min, clip_max}};
+                           box_of<T>(clip_min, clip_max)};
     if constexpr (norm == Norm::linf) Device::elements(x_adv, p, BLOKERN_KERNEL(apgd_step_linf));
     if constexpr (norm == Norm::l2) Device::samples(x_adv, p, BLOKERN_KERNEL(apgd_step_l2));
     if constexpr (norm == Norm::l1) Device::samples(x_adv, p, BLOKERN_KERNEL(apgd_step_l1));
@@ -245,7 +251,6 @@ template <class Device, Norm norm, class Number>
 Tensor random_start(const Tensor& x, Number eps, double clip_min, double clip_max, int64_t first,
                     std::optional<at::Generator> generator) {
   checks::images(x, "x");
-  checks::constant(x, "x");
   checks::box(clip_min, clip_max);
   TORCH_CHECK_VALUE(first >= 0, "first must be at least 0, got ", first);
   const Size radius = size_of<Device, checks::radius>(eps, "eps", x);
@@ -258,7 +263,7 @@ Tensor random_start(const Tensor& x, Number eps, double clip_min, double clip_ma
                            rows.read<T>(rows_x),
                            rows.write<T>(rows_out),
                            radius.value,
-                           {clip_min, clip_max},
+                           box_of<T>(clip_min, clip_max),
                            seed,
                            first};
     if constexpr (norm == Norm::linf) Device::samples(x, p, BLOKERN_KERNEL(random_start_linf));
@@ -287,7 +292,7 @@ std::tuple<Tensor, Tensor> fast_bat_step(const Tensor& z, const Tensor& x, const
     const FastBatStep<T, G> p{
         rows.batch(nullptr),       rows.read<T>(rows_z),        rows.read<T>(rows_x), rows.read<G>(rows_grad),
         rows.write<T>(rows_delta), rows.write<bool>(rows_free), step.value,           radius.value,
-        {clip_min, clip_max}};
+        box_of<T>(clip_min, clip_max)};
     Device::elements(z, p, BLOKERN_KERNEL(blokern::fast_bat_step));
   });
   rows.finish(rows_delta, delta);

@@ -79,7 +79,7 @@ inline void l2_project_row(const A* delta, const T* x, double eps, Box clip, Out
   const Lanes<A> shrink(static_cast<A>(shrink_to(eps, norm)));
   const Lanes<A> lo(static_cast<A>(clip.min)), hi(static_cast<A>(clip.max));
   sweep<A>(0, size, [=](int64_t i, auto w) {
-    store(out + i, scale_and_clip(load<A>(delta + i, w), load<A>(x + i, w), shrink, lo, hi), w);
+    store(out + i, scale_and_clip<Out>(load<A>(delta + i, w), load<A>(x + i, w), shrink, lo, hi), w);
   });
 }
 
@@ -138,7 +138,7 @@ inline void l1_project_row(const A* delta, const T* x, double eps, Box clip, Out
     tau = radius > 0 ? l1_threshold(sizes, caps, size, radius) : std::numeric_limits<A>::infinity();
   }
   sweep<A>(0, size, [=](int64_t i, auto w) {
-    store(out + i, l1_project(load<A>(delta + i, w), load<A>(x + i, w), Lanes<A>(tau), lo, hi), w);
+    store(out + i, l1_project<Out>(load<A>(delta + i, w), load<A>(x + i, w), Lanes<A>(tau), lo, hi), w);
   });
 }
 

@@ -95,35 +95,39 @@ BLOKERN_DEVICE auto delta_of(const T* x_adv, const T* x, const G* grad, Step ste
   };
 }
 
-// ---- The projections: what a sample's sums make of eps, then an element at a time.
+// ---- The projections: what a sample's sums make of eps, then an element at a time, to be stored as a T.
 
-template <class A>
+template <class T, class A = Accum<T>>
 struct L2Projection {
   A shrink;
   Limits<A> box;
-  BLOKERN_DEVICE A operator()(A delta, A x) const { return scale_and_clip(delta, x, shrink, box.lo, box.hi); }
+  BLOKERN_DEVICE A operator()(A delta, A x) const {
+    return scale_and_clip<T>(delta, x, shrink, box.lo, box.hi);
+  }
 };
 
-template <class A>
+template <class T, class A = Accum<T>>
 struct L1Projection {
   A tau;
   Limits<A> box;
-  BLOKERN_DEVICE A operator()(A delta, A x) const { return l1_project(delta, x, tau, box.lo, box.hi); }
+  BLOKERN_DEVICE A operator()(A delta, A x) const { return l1_project<T>(delta, x, tau, box.lo, box.hi); }
 };
 
 struct L2 {
-  template <class A, class T, int kSize, class Delta>
-  static BLOKERN_DEVICE L2Projection<A> fit(Team& team, const Walk<kSize>& walk, const T*, double eps,
+  template <class T, class X, int kSize, class Delta>
+  static BLOKERN_DEVICE L2Projection<T> fit(Team& team, const Walk<kSize>& walk, const X*, double eps,
                                             Box clip, Delta delta) {
+    using A = Accum<T>;
     const ScaledNorm norm = norm_of<2, A>(team, walk, delta);
     return {static_cast<A>(shrink_to(eps, norm.scale * norm.norm)), Limits<A>(clip)};
   }
 };
 
 struct L1 {
-  template <class A, class T, int kSize, class Delta>
-  static BLOKERN_DEVICE L1Projection<A> fit(Team& team, const Walk<kSize>& walk, const T* x, double eps,
+  template <class T, class X, int kSize, class Delta>
+  static BLOKERN_DEVICE L1Projection<T> fit(Team& team, const Walk<kSize>& walk, const X* x, double eps,
                                             Box clip, Delta delta) {
+    using A = Accum<T>;
     const Limits<A> box(clip);
     const Combine<0> largest;
     L1Root<A> root(0, 0);

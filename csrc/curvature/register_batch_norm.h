@@ -72,7 +72,6 @@ class Values {
   static Tensor channels(const OptionalTensor& t, const char* name, const Tensor& x, Stack stack) {
     if (!t.has_value()) return {};
     checks::same_device(*t, name, x, "x");
-    checks::constant(*t, name);
     const bool fits = stack.has_value() ? t->dim() == 2 && t->size(0) == *stack && t->size(1) == x.size(1)
                                         : t->dim() == 1 && t->size(0) == x.size(1);
     TORCH_CHECK_VALUE(fits, name, " must have one value for each of ", x.size(1),
@@ -95,7 +94,6 @@ inline void check_x(const Tensor& x) {
 
 inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
   checks::same_images(t, name, x, "x");
-  checks::constant(t, name);
 }
 
 template <class T>

@@ -64,7 +64,6 @@ class Operands {
 
   Tensor rows(const Tensor& t, const char* name) const {
     checks::same_device(t, name, x_, "x");
-    checks::constant(t, name);
     TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x_.size(0), name, " must have shape [", x_.size(0),
                       "], one value a row of x, got ", t.sizes());
     return t.to(at::kDouble).contiguous();
@@ -73,7 +72,6 @@ class Operands {
   Tensor weights(const OptionalTensor& t, const char* name, Stack stack) const {
     if (!t.has_value()) return {};
     checks::same_device(*t, name, x_, "x");
-    checks::constant(*t, name);
     std::vector<int64_t> shape{kinds_, x_.size(1)};
     if (stack.has_value()) shape.insert(shape.begin(), *stack);
     TORCH_CHECK_VALUE(t->sizes() == at::IntArrayRef(shape), name, " must have shape ", at::IntArrayRef(shape),
@@ -119,7 +117,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent(
     const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& weight_dot, bool adjoint) {
   check_x(x);
   checks::same_images(grad, "grad", x, "x");
-  checks::constant(grad, "grad");
   const Stack stack = check_tangents(grad_dot, x_dot, x, "x");
   const Operands operands(x, mean, rstd, weight, weight_dot, {}, stack);
   const Tensor at_grad = grad.contiguous(), at_grad_dot = grad_dot.contiguous(),

@@ -24,8 +24,6 @@ inline Stack check_stack(const Tensor& t, const char* name, const Tensor& like, 
   checks::same_device(t, name, like, like_name);
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
                    like.scalar_type(), ", got ", t.scalar_type());
-  checks::constant(t, name);
-  checks::constant(like, like_name);
   return stacked ? Stack(t.size(0)) : std::nullopt;
 }
 

@@ -233,6 +233,7 @@ void store_values(const Accum<T>* values, T* to, int64_t count) {
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
 #undef INSTANTIATE
 #define INSTANTIATE(A)                                                                                       \
   template int64_t count_tiles<A>(const Tiling&, int64_t, int64_t);                                          \

@@ -60,6 +60,7 @@ void convolve_planes(const Images<const T>& image, const Tiling& tiling, const P
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
 #undef INSTANTIATE
 
 }  // namespace blokern

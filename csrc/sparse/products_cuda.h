@@ -93,6 +93,6 @@ struct PackedSpmm {
 template <class T>
 void packed_spmm(const PackedSpmm<T>& p, const CudaCall& call);
 
-#define BLOKERN_FOR_PRODUCT(DO) DO(double) DO(float) DO(c10::BFloat16)
+#define BLOKERN_FOR_PRODUCT(DO) DO(double) DO(float) DO(c10::BFloat16) DO(c10::Half)
 
 }  // namespace blokern

@@ -59,7 +59,7 @@ inline void check_numbers(at::IntArrayRef weight, at::IntArrayRef numbers) {
 }
 
 inline void check_images(const Tensor& x, const char* name, int64_t channels) {
-  check_float(x, name);
+  checks::floating(x, name);
   TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == channels, name, " must be [N, ", channels, ", H, W], got ",
                     x.sizes());
 }
@@ -67,7 +67,7 @@ inline void check_images(const Tensor& x, const char* name, int64_t channels) {
 inline bool is_batch_innermost(const Tensor& x) { return x.stride(0) == 1 && x.size(0) > 1; }
 
 inline void check_weight(const Tensor& weight, const Tensor& x) {
-  check_float(weight, "weight");
+  checks::floating(weight, "weight");
   check_factor(weight, "weight", x, "x");
 }
 

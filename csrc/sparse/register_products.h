@@ -12,9 +12,7 @@
 namespace blokern::product_ops {
 
 inline void check_matrix(const Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(
-      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
-      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
+  checks::floating(t, name);
   TORCH_CHECK_VALUE(t.dim() == 2, name, " must be a matrix, got shape ", t.sizes());
 }
 

@@ -24,7 +24,7 @@ void dispatch_entries(at::ScalarType type, F&& f) {
 
 // Estimates (docs/gpu.md): the densities up to which products by entries are faster than the dense one.
 bool entries_pay(const Tensor& start, const Tensor& column, const Tensor& weight) {
-  if (start.numel() == 0 || weight.scalar_type() == at::kBFloat16) return false;
+  if (start.numel() == 0 || checks::is_half(weight.scalar_type())) return false;
   const bool tf32 = weight.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
   return static_cast<double>(column.numel()) <= (tf32 ? 0.01 : 0.04) * static_cast<double>(weight.numel());
 }
@@ -143,7 +143,7 @@ Tensor packed_values_op(const Tensor& weight, const Tensor& start, const Tensor&
 // fetches a row of samples from cache; the dense product is on tensor cores but for float64, and float32
 // without TF32.
 bool packed_pays(const Stream& stream, int64_t entries, const Tensor& x) {
-  const bool tensor_cores = x.scalar_type() == at::kBFloat16 ||
+  const bool tensor_cores = checks::is_half(x.scalar_type()) ||
                             (x.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS());
   return static_cast<double>(entries) * static_cast<double>(x.size(1)) <=
          (tensor_cores ? 3.0 : 6.0) * static_cast<double>(stream.rows) * static_cast<double>(stream.cols);

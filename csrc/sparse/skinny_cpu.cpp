@@ -233,6 +233,7 @@ void apply_mask(const MaskWords& mask, const Matrix<const T>& weight, T* to, int
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
 #undef INSTANTIATE
 
 }  // namespace blokern

@@ -236,6 +236,7 @@ void sddmm(const Stream& stream, const A* a_panels, const A* b_panels, A* values
 INSTANTIATE(double)
 INSTANTIATE(float)
 INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
 #undef INSTANTIATE
 #define INSTANTIATE(A)                 \
   template int64_t padded<A>(int64_t); \

@@ -26,13 +26,8 @@ template <class F>
 void dispatch(at::ScalarType type, F&& f) {
   if (type == at::kDouble) return f.template operator()<double>();
   if (type == at::kFloat) return f.template operator()<float>();
+  if (type == at::kHalf) return f.template operator()<at::Half>();
   f.template operator()<at::BFloat16>();
-}
-
-inline void check_float(const Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(
-      t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
-      name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
 }
 
 inline void check_factor(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -54,6 +56,68 @@ template <class A>
 BLOKERN_INLINE EnableScalar<A> where(bool condition, A a, A b) {
   return condition ? a : b;
 }
+
+// A float's bits, one number lower where `wanted` is all ones; it is zero elsewhere.
+template <class B>
+BLOKERN_INLINE B next_lower(B bits, B wanted) {
+  const B negative = B{} - (bits >> 31);
+  return bits + ((wanted ^ negative) - negative);
+}
+
+// A float's bits, rounded down to those without the `kDropped` lowest.
+template <uint32_t kDropped, class B>
+BLOKERN_INLINE B floored(B bits) {
+  return (bits + ((B{} - (bits >> 31)) & kDropped)) & ~kDropped;
+}
+
+BLOKERN_INLINE uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+BLOKERN_INLINE float float_of(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+template <uint32_t kDropped>
+BLOKERN_INLINE float floor_bits(float v) {
+  return float_of(floored<kDropped>(bits_of(v)));
+}
+
+BLOKERN_INLINE float next_lower_where(bool wanted, float v) {
+  return float_of(next_lower(bits_of(v), wanted ? ~uint32_t{0} : uint32_t{0}));
+}
+
+// The largest float that is at most a + b; its zero has no sign.
+template <class V>
+BLOKERN_INLINE V add_down_exactly(V a, V b) {
+  const V sum = a + b;
+  const V of_b = sum - a;
+  const V lost = (a - (sum - of_b)) + (b - of_b);  // what rounding took: Knuth's two-sum
+  return next_lower_where(less(lost, V(0.0f)), sum);
+}
+BLOKERN_INLINE float add_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rd(a, b) + 0.0f;
+#else
+  return add_down_exactly(a, b);
+#endif
+}
+
+// The largest float16 that is at most v, in a float.
+template <class V>
+BLOKERN_INLINE V floor_to_half_by_steps(V v) {
+  const V most(65504.0f), step(5.9604644775390625e-08f);  // below 2^-14 float16s are multiples of 2^-24
+  const V coarse = floor_bits<0x1fffu>(v);
+  const V bounded =
+      where(less(most, coarse) & less(coarse, V(std::numeric_limits<float>::infinity())), most, coarse);
+  const V nearest = (v + V(0.75f)) - V(0.75f);
+  const V fine = where(less(v, nearest), nearest - step, nearest);
+  return where(less(absolute(v), V(6.103515625e-05f)), fine, bounded);
+}
+BLOKERN_INLINE float floor_to_half(float v) { return floor_to_half_by_steps(v); }
 
 template <class A>
 struct CosSin {

@@ -158,6 +158,51 @@ BLOKERN_INLINE V load_raw(const T* p) {
   return v;
 }
 
+template <uint32_t kDropped>
+BLOKERN_INLINE Lanes<float> floor_bits(Lanes<float> v) {
+  for (Floats& part : v.v) part = bit_copy<Floats>(floored<kDropped>(bit_copy<Bits32>(part)));
+  return v;
+}
+
+BLOKERN_INLINE Lanes<float> next_lower_where(const Mask<float>& wanted, Lanes<float> v) {
+  for (int k = 0; k < kParts; ++k)
+    v.v[k] = bit_copy<Floats>(next_lower(bit_copy<Bits32>(v.v[k]), bit_copy<Bits32>(wanted.v[k])));
+  return v;
+}
+
+BLOKERN_INLINE Lanes<float> add_down(const Lanes<float>& a, const Lanes<float>& b) {
+#if defined(__AVX512F__)
+  Lanes<float> sum;
+  for (int k = 0; k < kParts; ++k) {
+    sum.v[k] = bit_copy<Floats>(_mm512_maskz_add_round_ps(0xffff, bit_copy<__m512>(a.v[k]), bit_copy<__m512>(b.v[k]),
+                                                          _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  }
+  return sum + Lanes<float>();
+#else
+  return add_down_exactly(a, b);
+#endif
+}
+
+// The largest float16 that is at most v.
+BLOKERN_INLINE Lanes<float> floor_to_half(Lanes<float> v) {
+#if defined(__AVX512F__)
+  for (Floats& part : v.v) {
+    const __m256i half =
+        _mm512_maskz_cvtps_ph(0xffff, bit_copy<__m512>(part), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    part = bit_copy<Floats>(_mm512_maskz_cvtph_ps(0xffff, half));
+  }
+  return v;
+#elif defined(__AVX2__) && defined(__F16C__)
+  for (Floats& part : v.v) {
+    const __m128i half = _mm256_cvtps_ph(bit_copy<__m256>(part), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    part = bit_copy<Floats>(_mm256_cvtph_ps(half));
+  }
+  return v;
+#else
+  return floor_to_half_by_steps(v);
+#endif
+}
+
 BLOKERN_INLINE Vector<double>::type load_vector(const double* p) { return load_raw<Vector<double>::type>(p); }
 BLOKERN_INLINE Floats load_vector(const float* p) { return load_raw<Floats>(p); }
 BLOKERN_INLINE void store_vector(double* p, Vector<double>::type v) { std::memcpy(p, &v, sizeof(v)); }

@@ -12,7 +12,11 @@ namespace {
 struct Call {
   const server::Call& given;
   const std::string& op = given.op;
-  Box clip{given.number("clip_min"), given.number("clip_max")};
+
+  template <class T>
+  Box clip() const {
+    return box_in<T>({given.number("clip_min"), given.number("clip_max")});
+  }
 
   Batch batch() const {
     return {given.count("samples"), given.count("size"), given.at("active").values<const bool>()};
@@ -48,7 +52,7 @@ void run(const Call& call, const CudaCall& cuda) {
   if (starts_with("pgd_step")) {
     const PgdStep<T, G> p{
         call.batch(), call.rows<const T>("x_adv"), x, grad, call.rows<T>("out"), call.steps(), call.radii(),
-        call.clip};
+        call.clip<T>()};
     BY_NORM(pgd_step)
   }
   if (starts_with("apgd_step")) {
@@ -61,7 +65,7 @@ void run(const Call& call, const CudaCall& cuda) {
                            call.radii(),
                            call.given.number("momentum"),
                            call.given.at("keep").values<const int64_t>(),
-                           call.clip};
+                           call.clip<T>()};
     BY_NORM(apgd_step)
   }
   if (starts_with("fast_bat_step")) {
@@ -73,18 +77,18 @@ void run(const Call& call, const CudaCall& cuda) {
                               call.rows<bool>("free"),
                               call.steps(),
                               call.radii(),
-                              call.clip};
+                              call.clip<T>()};
     return fast_bat_step(p, cuda);
   }
   if constexpr (std::is_same_v<T, G>) {
     if (starts_with("project")) {
       const Project<T> p{call.batch(), call.rows<const T>("x_adv"), x, call.rows<T>("out"), call.radii(),
-                         call.clip};
+                         call.clip<T>()};
       BY_NORM(project)
     }
     if (starts_with("random_start")) {
       const RandomStart<T> p{call.batch(), x,           call.rows<T>("out"),      call.radii(),
-                             call.clip,    call.seed(), call.given.count("first")};
+                             call.clip<T>(),    call.seed(), call.given.count("first")};
       BY_NORM(random_start)
     }
   }

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from blokern.curvature.op import Rule
 from blokern.curvature.rules.products import Bilinear
-from blokern.ops.convolution import Plan, dense_arguments
+from blokern.ops.convolution import Plan
+from blokern.ops.definitions import dense_arguments
 from blokern.ops.handles import (
     CONV2D_WEIGHT,
     MASKED_CONV2D,
