@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from blokern.curvature.double_backward import DoubleBackward
 from blokern.curvature.sweeps import TapeProducts
-from blokern.curvature.tape import HookWatch, Recorder
+from blokern.curvature.recorder import Recorder
 from blokern.curvature.vectors import check_input_vector, check_vector
+from blokern.curvature.watch import as_in_forward
 
 __all__ = ["Linearization", "LossFn", "ggnvp", "hvp", "linearize", "mixed_hvp", "record"]
 
@@ -226,13 +226,7 @@ def record(
     recorder = Recorder(parameters, at if input_gradient else None)
     # What autocast keeps of an earlier pass belongs to that pass's graph.
     torch.clear_autocast_cache()
-    with (
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-        sdpa_kernel(SDPBackend.MATH),
-        HookWatch(recorder.refuse),
-        recorder,
-    ):
+    with torch.enable_grad(), as_in_forward(recorder), recorder:
         output = model(at)
         split = recorder.mark()
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]

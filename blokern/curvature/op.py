@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Maybe", "Meta", "Op", "Rule", "Single", "add", "fit", "spread", "wide"]
+__all__ = ["Call", "Maybe", "Meta", "Op", "Rule", "Single", "add", "fit", "held", "restored", "spread", "wide"]
 
 #: A tensor, or None for one that is zero by structure: no work is done for those.
 Maybe: TypeAlias = Tensor | None
@@ -40,8 +40,8 @@ class Op(ABC):
     an argument that is no tensor.
 
     A subclass's `setup(out, *args, **kwargs)` has the signature of f, keeps what is not a tensor as attributes and
-    returns the tensors that the rules read, later in `self.saved`. It reads no values: of an op in place, out is
-    not written yet.
+    returns the tensors that the rules read, later in `self.saved`, and nowhere else: what is saved is guarded against
+    changes. It reads no values: of an op in place, out is not written yet.
     """
 
     #: Whether f bends, so that adjoint_tangent reads g and the tangents; if not, it is the adjoint of ġ.
@@ -161,6 +161,28 @@ class Single(Op):
 
 #: Makes the op of a call, or one op for each output of a call with several, or None for a call it cannot do.
 Rule: TypeAlias = Callable[[Call], Op | Sequence[Op] | None]
+
+
+class _Place(int):
+    """Where in a list the tensor is that was here."""
+
+
+def held(tree: Any, tensors: list[Tensor]) -> Any:
+    """Nested arguments without their tensors, which are appended to the list; `restored` is the inverse."""
+    if isinstance(tree, Tensor):
+        tensors.append(tree)
+        return _Place(len(tensors) - 1)
+    if isinstance(tree, tuple | list):
+        return [held(item, tensors) for item in tree]
+    return tree
+
+
+def restored(tree: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(tree, _Place):
+        return tensors[tree]
+    if isinstance(tree, list):
+        return [restored(item, tensors) for item in tree]
+    return tree
 
 
 def fit(grad: Tensor, meta: Meta, stack: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blokern.curvature.op import Call, Maybe, Meta, Op, Rule, Single, fit
+from blokern.curvature.op import Call, Maybe, Meta, Op, Rule, Single, fit, held, restored
 from blokern.curvature.rules.products import MatrixProduct
 
 __all__ = ["RULES", "Linear", "unaveraged"]
@@ -30,8 +30,15 @@ class Linear(Single):
         super().__init__(call)
 
     def setup(self, out: Tensor, a: Tensor, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
-        self.args, self.kwargs = args, kwargs
-        return ()
+        tensors: list[Tensor] = []  # indices and the like
+        self._args, self.kwargs = held(args, tensors), kwargs
+        return tensors
+
+    @property
+    def args(self) -> Sequence[Any]:
+        """The arguments after the first."""
+        found: Sequence[Any] = restored(self._args, self.saved) if self.saved else self._args
+        return found
 
     def push(self, a_dot: Tensor) -> Tensor:
         out: Tensor = self.func(a_dot, *self.args, **self.kwargs)

@@ -37,6 +37,11 @@ class Bilinear(Op):
         # A factor is read only for derivatives by the other, but both may be wanted.
         return args[self.slot_a], args[self.slot_b]
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b."""
+        return self.saved[0], self.saved[1]
+
     def settle(self) -> None:
         self.curved = self.inputs[self.slot_a] is not None and self.inputs[self.slot_b] is not None
 
@@ -70,7 +75,7 @@ class Bilinear(Op):
         return self.to_operand(grad, self.slot_c)
 
     def tangent(self, *tangents: Maybe) -> Maybe:
-        a, b = self.saved
+        a, b = self.factors
         a_dot, b_dot = tangents[self.slot_a], tangents[self.slot_b]
         c_dot = None if self.slot_c is None else tangents[self.slot_c]
         y_dot = _scaled(self.sum_of(self.product, (a_dot, b), (a, b_dot)), self.scale)
@@ -84,7 +89,7 @@ class Bilinear(Op):
         return c
 
     def adjoint(self, grad: Tensor, wanted: Sequence[bool]) -> Sequence[Maybe]:
-        a, b = self.saved
+        a, b = self.factors
         scaled = _scaled(grad, self.scale)
         assert scaled is not None
         slots: list[Maybe] = [None] * len(wanted)
@@ -99,7 +104,7 @@ class Bilinear(Op):
     def adjoint_tangent(
         self, grad: Maybe, grad_dot: Maybe, tangents: Sequence[Maybe], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
-        a, b = self.saved
+        a, b = self.factors
         a_dot, b_dot = tangents[self.slot_a], tangents[self.slot_b]
         slots: list[Maybe] = [None] * len(wanted)
         if self.slot_c is not None and wanted[self.slot_c] and grad_dot is not None:

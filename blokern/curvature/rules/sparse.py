@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blokern.curvature.op import Rule
+from blokern.curvature.op import Rule, held, restored
 from blokern.curvature.rules.products import Bilinear
 from blokern.ops.convolution import Plan
 from blokern.ops.definitions import dense_arguments
@@ -39,8 +39,15 @@ class MaskedProduct(Bilinear):
     loops = True
 
     def setup(self, out: Tensor, weight: Tensor, x: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
-        self.streams, self.dense = how[:8], how[8:] == (True,)
-        return weight, x
+        tensors = [weight, x]
+        self._streams, self.dense = held(how[:8], tensors), how[8:] == (True,)
+        return tensors
+
+    @property
+    def streams(self) -> list[Any]:
+        """Of the mask, and of its transpose."""
+        found: list[Any] = restored(self._streams, self.saved)
+        return found
 
     def _is_dense(self, weight: Tensor) -> bool:
         """Of the weight or a direction in its space."""
@@ -71,9 +78,14 @@ class MaskedConvolution(Bilinear):
     loops = True
 
     def setup(self, out: Tensor, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> Sequence[Tensor]:
-        self.plan, self.dense = Plan(*how[:6]), how[6]
-        self.pad, self.how = dense_arguments(x.shape, out.shape, weight.shape, self.plan.numbers)
-        return x, weight
+        tensors = [x, weight]
+        self._plan, self.dense = held(how[:6], tensors), how[6]
+        self.pad, self.how = dense_arguments(x.shape, out.shape, weight.shape, Plan(*how[:6]).numbers)
+        return tensors
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(*restored(self._plan, self.saved))
 
     def _is_dense(self, weight: Tensor) -> bool:
         return self.dense and weight is not self.saved[1]
