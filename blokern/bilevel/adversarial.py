@@ -386,7 +386,7 @@ class GradAlign(AdversarialRule[GradAlignSettings]):
         with torch.enable_grad():
             cosine = self._mean_cosine(clean, noisy)
         (u,) = torch.autograd.grad(-penalty * cosine, noisy)
-        self._add_to_grad(at_noise.mixed_hvp(u))
+        self._add_to_grad(at_noise.mixed_hvp(u, retain_graph=False))
 
         cosine = cosine.detach()
         return StepResult(result.loss + penalty * (1.0 - cosine), result.logits, {"cosine": cosine})

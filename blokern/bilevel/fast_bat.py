@@ -74,7 +74,8 @@ class FastBAT(AdversarialRule[FastBATSettings]):
             x_adv = (x + delta).requires_grad_()
             result = self._descend(x_adv, y)
             if x_adv.grad is not None:  # None: the model ignores its input
-                self._add_to_grad(at_z.mixed_hvp(torch.where(free, x_adv.grad, 0.0) / -lam))
+                u = torch.where(free, x_adv.grad, 0.0) / -lam
+                self._add_to_grad(at_z.mixed_hvp(u, retain_graph=False))
         return StepResult(result.loss, result.logits, {"free": free.to(x.dtype).mean()})
 
     def _closed_form(self, z: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

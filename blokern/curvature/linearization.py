@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from blokern.curvature.double_backward import DoubleBackward
-from blokern.curvature.sweeps import TapeProducts
+from blokern.curvature.double_backward import DoubleBackward, outputs_of
+from blokern.curvature.outputs import check_split, tensors_in
 from blokern.curvature.recorder import Recorder
+from blokern.curvature.sweeps import TapeProducts
 from blokern.curvature.vectors import check_input_vector, check_vector
 from blokern.curvature.watch import as_in_forward
 
@@ -33,11 +34,15 @@ class Linearization:
 
     Vectors v and results are dicts keyed like `model.named_parameters()`, with the parameters that required a gradient
     in `linearize`, of their shapes, dtypes and devices; u is like x. All may have one leading dimension more, for
-    several vectors at once. Where the loss does not depend on a parameter, or on x, products have zeros. A product
-    frees what it has read unless `retain_graph` is true; a wrong call frees nothing.
+    several vectors at once. Where the loss does not depend on a parameter, or on x, products have zeros.
 
-    Every product raises ValueError or TypeError for a vector that does not fit, and RuntimeError if an earlier call
-    has freed the graph, or a parameter was changed in place since `linearize`.
+    What the forward pass left in memory stays until this object goes, or `release` is called, so that products can be
+    taken again and again. A last product with `retain_graph=False` frees it on its way, which takes less memory at the
+    peak; a wrong call frees nothing.
+
+    Every product raises ValueError or TypeError for a vector that does not fit, and RuntimeError if the graph was
+    freed, if something that the forward pass read was changed in place since `linearize` (a parameter, labels), or if
+    second derivatives go through a custom autograd.Function whose backward cannot be differentiated.
     """
 
     def __init__(
@@ -46,21 +51,32 @@ class Linearization:
         loss: Tensor,
         parameters: dict[str, Tensor],
         x: Tensor | None,
+        opaque: Set[str] = frozenset(),
     ) -> None:
         self.loss = loss
         self._parameters = parameters
         self._x = x
         self._products: TapeProducts | DoubleBackward | None = products
+        self._freed_by = ""
+        # Types of objects in the model's output that were not looked into, and whether a Gauss-Newton product can be.
+        self._opaque, self._is_split = opaque, False
 
     @cached_property
     def grad_input(self) -> Tensor:
         """∇ₓℓ, found once and then a help to every product."""
         assert self._x is not None
-        assert self._products is not None
-        grad = self._run(self._products.input_gradient)
+        grad = self._run(self._kept("grad_input").input_gradient)
         return torch.zeros_like(self._x) if grad is None else grad
 
-    def hvp(self, v: Vector, *, retain_graph: bool = False) -> dict[str, Tensor]:
+    def release(self) -> None:
+        """Free what the forward pass left in memory; `loss` and `grad_input` stay, later products are RuntimeErrors.
+
+        >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
+        >>> at_x.release()
+        """
+        self._products, self._freed_by = None, "release()"
+
+    def hvp(self, v: Vector, *, retain_graph: bool = True) -> dict[str, Tensor]:
         """∇²_θ ℓ · v. Six sweeps.
 
         Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994.
@@ -70,18 +86,24 @@ class Linearization:
         """
         return self._by_parameters("hvp", v, retain_graph)
 
-    def ggnvp(self, v: Vector, *, retain_graph: bool = False) -> dict[str, Tensor]:
+    def ggnvp(self, v: Vector, *, retain_graph: bool = True) -> dict[str, Tensor]:
         """Jᵀ ∇²ℓ J v, the generalised Gauss-Newton product: J the derivative of model(x) by θ. Four sweeps.
 
-        ValueError if loss_fn reads parameters itself. Schraudolph, "Fast Curvature Matrix-Vector Products for
+        The outputs are all tensors in what the model returns: tuples, lists, mappings and dataclasses are looked into.
+        ValueError if loss_fn reads parameters past them, or is linear in a scalar that the model returns: a loss of its
+        own, of which this product would be zero. Schraudolph, "Fast Curvature Matrix-Vector Products for
         Second-Order Gradient Descent", Neural Computation 2002.
 
         >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
         >>> products = at_x.ggnvp({name: torch.randn_like(p) for name, p in model.named_parameters()})
         """
+        products = self._kept("ggnvp")
+        if not self._is_split:
+            self._run(lambda: check_split(products, self._opaque))
+            self._is_split = True
         return self._by_parameters("ggnvp", v, retain_graph)
 
-    def mixed_hvp(self, u: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
+    def mixed_hvp(self, u: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:
         """∇_θ⟨∇ₓℓ, u⟩, the adjoint of the mixed second derivative ∇²_{xθ}ℓ applied to u. Four sweeps.
 
         >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
@@ -91,7 +113,7 @@ class Linearization:
         size = check_input_vector(u, self._x)
         return self._filled(self._take("mixed_hvp", u, size, retain_graph), size)
 
-    def mixed_hvp_transpose(self, v: Vector, *, retain_graph: bool = False) -> Tensor:
+    def mixed_hvp_transpose(self, v: Vector, *, retain_graph: bool = True) -> Tensor:
         """∇ₓ⟨∇_θℓ, v⟩, the transpose of `mixed_hvp`: ⟨mixed_hvp(u), v⟩ = ⟨u, mixed_hvp_transpose(v)⟩. Four sweeps.
 
         >>> at_x = linearize(model, torch.nn.functional.cross_entropy, x, y)
@@ -111,15 +133,16 @@ class Linearization:
         return self._filled(self._take(name, v, size, retain_graph), size)
 
     def _take(self, name: str, along: Any, size: int | None, retain_graph: bool) -> Any:
-        products = self._products
-        if products is None:
-            raise RuntimeError(
-                f"{name}: an earlier call has freed the graph; that call must have retain_graph=True"
-            )
+        products = self._kept(name)
         product = self._run(lambda: getattr(products, name)(along, retain_graph, size is not None))
         if not retain_graph:
-            self._products = None
+            self._products, self._freed_by = None, f"{name}(…, retain_graph=False)"
         return product
+
+    def _kept(self, name: str) -> TapeProducts | DoubleBackward:
+        if self._products is None:
+            raise RuntimeError(f"{name}: {self._freed_by} has freed what the forward pass left: linearize again")
+        return self._products
 
     def _run(self, sweep: Callable[[], Any]) -> Any:
         products = self._products
@@ -177,7 +200,7 @@ def hvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[st
     >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     >>> products = hvp(model, torch.nn.functional.cross_entropy, x, y, v)
     """
-    return record(model, loss_fn, x, y, input_gradient=False).hvp(v)
+    return record(model, loss_fn, x, y, input_gradient=False).hvp(v, retain_graph=False)
 
 
 def ggnvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[str, Tensor]:
@@ -188,7 +211,7 @@ def ggnvp(model: nn.Module, loss_fn: LossFn, x: Any, y: Any, v: Vector) -> dict[
     >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     >>> products = ggnvp(model, torch.nn.functional.cross_entropy, x, y, v)
     """
-    return record(model, loss_fn, x, y, input_gradient=False).ggnvp(v)
+    return record(model, loss_fn, x, y, input_gradient=False).ggnvp(v, retain_graph=False)
 
 
 def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor) -> dict[str, Tensor]:
@@ -200,7 +223,7 @@ def mixed_hvp(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, u: Tensor
     >>> products["fc.weight"].shape == model.fc.weight.shape
     True
     """
-    return _record_with_input(model, loss_fn, x, y).mixed_hvp(u)
+    return _record_with_input(model, loss_fn, x, y).mixed_hvp(u, retain_graph=False)
 
 
 def record(
@@ -223,29 +246,50 @@ def record(
     at = x.detach().requires_grad_() if input_gradient else x
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_parameters(parameters)
     recorder = Recorder(parameters, at if input_gradient else None)
     # What autocast keeps of an earlier pass belongs to that pass's graph.
     torch.clear_autocast_cache()
     with torch.enable_grad(), as_in_forward(recorder), recorder:
         output = model(at)
         split = recorder.mark()
-        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        values = [recorder.value(t) for t in outputs]  # before loss_fn may change them in place
+        tensors, opaque = tensors_in(output)
+        values = [recorder.value(t) for t in tensors]  # before loss_fn may change them in place
+        outputs = outputs_of(tensors)
         loss = loss_fn(output, y)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a scalar, got {got}")
+    _check_recorded(loss, parameters)
     if not math.isfinite(loss.item()):
         where = _first_non_finite(model, x)
         raise FloatingPointError(f"the loss is {loss.item()}: {where}")
     tape = recorder.finish(split, loss, values)
+    products: TapeProducts | DoubleBackward
     if tape is not None:
-        return Linearization(
-            TapeProducts(tape), loss.detach(), parameters, at.detach() if input_gradient else None
+        products = TapeProducts(tape)
+    else:
+        _warn_once(recorder.refusal)
+        products = DoubleBackward(loss, outputs, parameters, at if input_gradient else None)
+    return Linearization(
+        products, loss.detach(), parameters, at.detach() if input_gradient else None, opaque
+    )
+
+
+def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    if names := [name for name, p in parameters.items() if p.is_complex()]:
+        raise TypeError(
+            f"parameters must be real, got complex {', '.join(names)}: keep the real and the imaginary part as two"
         )
-    _warn_once(recorder.refusal)
-    graph = DoubleBackward(loss, outputs, parameters, at if input_gradient else None)
-    return Linearization(graph, loss.detach(), parameters, at.detach() if input_gradient else None)
+
+
+def _check_recorded(loss: Any, parameters: Mapping[str, Tensor]) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar, got {got}")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn must return a floating-point scalar, got {loss.dtype}")
+    if names := [name for name, p in parameters.items() if not p.requires_grad]:
+        raise ValueError(
+            f"{', '.join(names)} stopped requiring a gradient during the forward pass: freeze parameters before"
+        )
 
 
 _warned: set[str] = set()

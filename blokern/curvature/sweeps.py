@@ -60,7 +60,6 @@ class TapeProducts:
 
     def ggnvp(self, v: dict[str, Tensor], keep: bool, stack: bool) -> dict[str, Tensor]:
         tape = self.tape
-        self._check_loss_reads_outputs_alone()
         model, loss = range(tape.split), range(tape.split, len(tape.ops))
         tangents = self._tangents(model, self._seeds(v), set(tape.outputs), stack)
         seeds = {value: tangents[value] for value in tape.outputs if value in tangents}
@@ -173,16 +172,31 @@ class TapeProducts:
     def _named(self, found: Values) -> dict[str, Tensor]:
         return {name: found[value] for name, value in self.tape.parameters.items() if value in found}
 
-    def _check_loss_reads_outputs_alone(self) -> None:
+    def past_outputs(self) -> list[str]:
         tape = self.tape
-        allowed = {*tape.outputs, *(op.output for op in tape.ops[tape.split :])}
-        for op in tape.ops[tape.split :]:
-            for v in op.inputs:
-                if v is not None and v not in allowed and tape.depends[v] & PARAMETER:
-                    raise ValueError(
-                        "loss_fn must depend on the parameters through the model's output alone for a Gauss-Newton "
-                        f"product; its {op.func} reads them, or an activation, directly"
-                    )
+        reached = {tape.loss}.difference(tape.outputs)
+        for op in reversed(tape.ops):
+            if op.output in reached:
+                reached.update(set(op.inputs).difference(tape.outputs))
+        return [name for name, value in tape.parameters.items() if value in reached]
+
+    def returns_loss(self) -> bool:
+        tape = self.tape
+        model, loss = tape.ops[: tape.split], tape.ops[tape.split :]
+        numbers = {op.output for op in model if not op.meta.shape and tape.depends[op.output] & PARAMETER}
+        read = {tape.loss, *(value for op in loss for value in op.inputs)}
+        return any(not _is_bent(value, loss) for value in numbers.intersection(tape.outputs) & read)
+
+
+def _is_bent(value: int, ops: Sequence[Op]) -> bool:
+    """Whether one of the ops bends in what depends on the value."""
+    moved = {value}
+    for op in ops:
+        if not moved.isdisjoint(op.inputs):
+            if op.curved:
+                return True
+            moved.add(op.output)
+    return False
 
 
 def _values(of: Values, values: Sequence[int | None]) -> list[Maybe]:

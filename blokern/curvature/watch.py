@@ -37,6 +37,8 @@ class Watch(TorchFunctionMode):
                 self._recorder.refuse("a hook on the gradient of an activation")
             elif func == _SET_DATA:
                 self._recorder.preserve(args[0])
+                if not args[0].is_leaf:
+                    self._recorder.refuse("an activation whose data was replaced")
         return func(*args, **(kwargs or {}))
 
 

@@ -144,9 +144,34 @@ def test_a_freed_graph_says_so(problem: tuple[nn.Module, Tensor, Tensor]) -> Non
     model, x, y = problem
     v = oracles.random_vector(model)
     at_x = linearize(model, F.cross_entropy, x, y)
-    at_x.hvp(v)
-    with pytest.raises(RuntimeError, match="ggnvp: an earlier call has freed the graph"):
+    at_x.hvp(v, retain_graph=False)
+    with pytest.raises(RuntimeError, match=r"ggnvp: hvp\(…, retain_graph=False\) has freed"):
         at_x.ggnvp(v)
+    at_x = linearize(model, F.cross_entropy, x, y)
+    at_x.release()
+    assert at_x.grad_input.shape == x.shape
+    with pytest.raises(RuntimeError, match=r"hvp: release\(\) has freed what the forward pass left: linearize again"):
+        at_x.hvp(v)
+
+
+@pytest.mark.parametrize("act", [torch.tanh, torch.special.i0e], ids=["tape", "double backward"])
+@pytest.mark.filterwarnings("ignore:no R-operator rule")
+def test_a_linearization_is_used_again(act: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(act(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x, y = Net().double(), torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    v, at_x = oracles.random_vector(model), linearize(model, F.cross_entropy, x, y)
+    for _ in range(2):
+        oracles.assert_close(at_x.hvp(v), oracles.hvp(model, F.cross_entropy, x, y, v))
+        oracles.assert_close(at_x.ggnvp(v), oracles.ggnvp(model, F.cross_entropy, x, y, v))
+        oracles.assert_close(at_x.mixed_hvp(x), oracles.mixed_hvp(model, F.cross_entropy, x, y, x))
 
 
 def test_tokens_have_no_input_gradient(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
