@@ -16,7 +16,7 @@ from blokern.curvature.watch import as_in_forward
 __all__ = ["DoubleBackward", "Output", "outputs_of"]
 
 Node: TypeAlias = torch.autograd.graph.Node
-Leaf: TypeAlias = Tensor | GradientEdge
+Place: TypeAlias = Tensor | GradientEdge
 
 
 class Output(NamedTuple):
@@ -102,7 +102,7 @@ class DoubleBackward:
             for output, grad in zip(self._outputs, self._by_outputs(), strict=True):
                 if output.like.dim() or grad is None:
                     continue
-                if not grad.requires_grad or all(t is None for t in _grad([grad], edges, None)):
+                if not grad.requires_grad or all(t is None for t in _grad([grad], edges, [torch.ones_like(grad)])):
                     return True
         return False
 
@@ -110,7 +110,8 @@ class DoubleBackward:
         """The loss's gradient by the outputs, inside `_cut`."""
         if not self._loss.requires_grad:
             return (None,) * len(self._outputs)
-        return _grad([self._loss], [output.edge for output in self._outputs], None, create_graph=True)
+        edges = [output.edge for output in self._outputs]
+        return _grad([self._loss], edges, [torch.ones_like(self._loss)], create_graph=True)
 
     @contextmanager
     def _cut(self) -> Iterator[None]:
@@ -143,7 +144,7 @@ class DoubleBackward:
         return self._gradients[name]
 
     def _differentiable(
-        self, of: Sequence[Leaf], by: Sequence[Tensor], along: Sequence[Tensor]
+        self, of: Sequence[Place], by: Sequence[Tensor], along: Sequence[Tensor]
     ) -> tuple[Maybe, ...]:
         """Gradients that can be differentiated; RuntimeError, naming what they go through, if they cannot."""
         final: dict[str, Node] = {}
@@ -213,19 +214,24 @@ def _without(place: int) -> Callable[[Sequence[Maybe]], tuple[Maybe, ...]]:
 
 
 def _grad(
-    of: Sequence[Leaf], by: Sequence[Leaf], along: Sequence[Tensor] | None, create_graph: bool = False
+    of: Sequence[Place], by: Sequence[Place], along: Sequence[Tensor], create_graph: bool = False
 ) -> tuple[Maybe, ...]:
     """torch.autograd.grad that takes nothing for granted and frees nothing.
 
-    A checkpoint runs its part of the model again: under what the forward pass ran under.
+    A checkpoint runs its part of the model again: under what the forward pass ran under. For that the graph's edges are
+    given, as of tensors autograd would be called by a mode, which it switches off.
     """
     with torch.enable_grad(), as_in_forward():
         return torch.autograd.grad(
-            of, by, along, create_graph=create_graph, retain_graph=True, allow_unused=True
+            _edges(of), _edges(by), along, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
 
 
-def _products(of: Sequence[Maybe], by: Sequence[Leaf], along: Sequence[Maybe], stack: bool) -> list[Maybe]:
+def _edges(places: Sequence[Place]) -> list[GradientEdge]:
+    return [place if isinstance(place, GradientEdge) else get_gradient_edge(place) for place in places]
+
+
+def _products(of: Sequence[Maybe], by: Sequence[Place], along: Sequence[Maybe], stack: bool) -> list[Maybe]:
     """The gradients by `by` of ⟨of, along⟩, for each element of a stack if it is one."""
     pairs = [
         (t, a) for t, a in zip(of, along, strict=True) if t is not None and a is not None and t.requires_grad

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from blokern.curvature.double_backward import DoubleBackward, outputs_of
 from blokern.curvature.outputs import check_split, tensors_in
@@ -259,8 +258,7 @@ def record(
         loss = loss_fn(output, y)
     _check_recorded(loss, parameters)
     if not math.isfinite(loss.item()):
-        where = _first_non_finite(model, x)
-        raise FloatingPointError(f"the loss is {loss.item()}: {where}")
+        raise FloatingPointError(f"the loss is {loss.item()}: {_first_non_finite(model, x)}")
     tape = recorder.finish(split, loss, values)
     products: TapeProducts | DoubleBackward
     if tape is not None:
@@ -304,16 +302,13 @@ def _warn_once(refusal: str | None) -> None:
 def _first_non_finite(model: nn.Module, x: Any) -> str:
     """Where a copy of the model, run again, first gives a value that is not finite."""
     found: list[str] = []
-    twin = deepcopy(model)
+    # Activations that modules keep would not let themselves be copied.
+    kept = [t for module in model.modules() for t in tensors_in(vars(module)).tensors if not t.is_leaf]
+    twin = deepcopy(model, {id(t): t.detach() for t in kept})
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            bad = any(
-                not t.isfinite().all()
-                for t in tree_leaves(output)
-                if isinstance(t, Tensor) and t.is_floating_point()
-            )
-            if bad:
+            if any(not t.isfinite().all() for t in tensors_in(output).tensors if t.is_floating_point()):
                 found.append(name)
 
         return hook

@@ -370,8 +370,8 @@ def test_products_without_kernels(case: str, monkeypatch: pytest.MonkeyPatch) ->
     """The rules in plain torch, which other devices use."""
     saves = normalization.Normalization.saves
 
-    def saves_without_kernels(self: normalization.Normalization, x: Tensor, weight: Tensor | None) -> Any:
-        saved = saves(self, x, weight)
+    def saves_without_kernels(self: normalization.Normalization, *given: Any) -> Any:
+        saved = saves(self, *given)
         self.stacks = False
         return saved
 

@@ -55,7 +55,9 @@ class Normalization(Op):
     def settle(self) -> None:
         del self.mean, self.rstd  # saved by now
 
-    def saves(self, x: Tensor, weight: Maybe) -> Sequence[Tensor]:
+    def saves(self, x: Tensor, weight: Maybe, bias: Maybe) -> Sequence[Tensor]:
+        if weight is None and bias is not None:  # which all know of as the companion of a weight
+            weight = torch.ones_like(bias, requires_grad=False)
         self.weighted, self.stacks = weight is not None, has_kernels(x.device)
         return (x, self.mean, self.rstd) if weight is None else (x, self.mean, self.rstd, weight)
 
@@ -224,7 +226,7 @@ class BatchNorm(Normalization):
             assert running_mean is not None
             assert running_var is not None
             self.mean, self.rstd = running_mean.clone(), torch.rsqrt(running_var + eps)
-        return self.saves(x, weight)
+        return self.saves(x, weight, bias)
 
     def followed_by(self, later: Op, slot: int) -> Op | None:
         if not self.stacks or later.func is not aten.relu.default:
@@ -326,7 +328,7 @@ class LayerNorm(RowNorm):
         self.view = self.rows = (x.numel() // max(inner, 1), inner)
         self.dims, self.weight_dims = [1], [0]
         self.statistics_view, self.weight_view = (-1, 1), (1, inner)
-        return self.saves(x, weight)
+        return self.saves(x, weight, bias)
 
     def to_kinds(self, t: Tensor) -> Tensor:
         return t.reshape(*t.shape[: t.dim() - len(self.shape)], 1, -1)
@@ -366,7 +368,7 @@ class GroupNorm(RowNorm):
         self.rows = (samples * groups, own * pixels)
         self.dims, self.weight_dims = [2, 3], [0, 3]
         self.statistics_view, self.weight_view = (samples, groups, 1, 1), (1, groups, own, 1)
-        return self.saves(x, weight)
+        return self.saves(x, weight, bias)
 
     def to_kinds(self, t: Tensor) -> Tensor:
         _, channels, pixels, groups = self.sizes

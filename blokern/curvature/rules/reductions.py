@@ -44,10 +44,15 @@ class LogSumExp(Single):
 
 
 class Norm(Single):
-    """y = ‖a‖₂ over some dimensions: ẏ = ⟨n, ȧ⟩ with n = a / y, zero where y is."""
+    """y = ‖a‖₂ over some dimensions: ẏ = ⟨n, ȧ⟩ with n = a / y, zero where y is.
+
+    There the second derivative is infinite: NaN, but where the adjoint of y is zero and asks for none of it.
+    """
 
     #: y over the norm.
     factor = 1.0
+    #: The second derivative where the norm is zero.
+    at_zero = math.nan
     dim: list[int]
     keepdim: bool
 
@@ -87,12 +92,15 @@ class Norm(Single):
     def bend(self, g: Tensor, a_dot: Tensor) -> Tensor:
         n, length = self._direction()
         v = self._centred(a_dot)
-        n_dot = torch.where(length == 0, 0.0, (v - n * (n * v).sum(self.dim, keepdim=True)) / length)
-        return fit(self.factor * n_dot * self._kept(g), self.operand)
+        n_dot = torch.where(length == 0, self.at_zero, (v - n * (n * v).sum(self.dim, keepdim=True)) / length)
+        kept = self.factor * self._kept(g)
+        return fit(torch.where(kept == 0, 0.0, n_dot * kept), self.operand)
 
 
 class Deviation(Norm):
-    """y = (Σ (a − ⟨a⟩)² / (n − correction))^½, a norm of what is centred."""
+    """y = (Σ (a − ⟨a⟩)² / (n − correction))^½, a norm of what is centred. Its derivatives at zero are torch's."""
+
+    at_zero = 0.0
 
     def setup(  # type: ignore[override]
         self, out: Tensor, a: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False

@@ -94,7 +94,8 @@ class NllLoss(Single):
 
     def fuses(self, a: Tensor) -> bool:
         """Whether the kernel of both has the same meaning."""
-        return has_kernels(a.device) and self.forward is aten.nll_loss_forward and self.how[0] != 0
+        labels = self.forward is aten.nll_loss_forward and self.saved[0].dtype == torch.int64
+        return has_kernels(a.device) and labels and self.how[0] != 0
 
     def push(self, a_dot: Tensor) -> Tensor:
         out: Tensor = self.forward(a_dot, self.saved[0], self.weight(), *self.how)[0]
