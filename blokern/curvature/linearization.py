@@ -304,7 +304,10 @@ def _first_non_finite(model: nn.Module, x: Any) -> str:
     found: list[str] = []
     # Activations that modules keep would not let themselves be copied.
     kept = [t for module in model.modules() for t in tensors_in(vars(module)).tensors if not t.is_leaf]
-    twin = deepcopy(model, {id(t): t.detach() for t in kept})
+    try:
+        twin = deepcopy(model, {id(t): t.detach() for t in kept})
+    except Exception as error:
+        return f"where that starts is not known, as the model cannot be copied to look ({error})"
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -319,4 +322,5 @@ def _first_non_finite(model: nn.Module, x: Any) -> str:
         twin(x)
     if not found:
         return "the model's output is finite, loss_fn's result is not"
-    return f"the output of module {found[0]!r} is the first that is not finite"
+    where = f"module {found[0]!r}" if found[0] else "the model itself"
+    return f"the output of {where} is the first that is not finite"

@@ -22,7 +22,7 @@ def trainable(model: nn.Module) -> Vector:
 
 def random_vector(model: nn.Module, stack: int | None = None) -> Vector:
     lead = () if stack is None else (stack,)
-    return {name: torch.randn(*lead, *p.shape, dtype=p.dtype) for name, p in trainable(model).items()}
+    return {name: torch.randn((*lead, *p.shape), dtype=p.dtype) for name, p in trainable(model).items()}
 
 
 def flat(v: Vector) -> Tensor:

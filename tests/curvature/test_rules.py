@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -127,6 +128,64 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "where number": (lambda a: torch.where(a > 0, a, 1.0), (VECTORS,)),
     "where other number": (lambda a: torch.where(a > 0, 1.0, a), (VECTORS,)),
     "masked fill of tensor": (lambda a: a.masked_fill(a > 0, torch.tensor(2.0).double()), (VECTORS,)),
+    # by torch's own derivatives
+    **{
+        name: (f, (VECTORS,))
+        for name, f in {
+            "acos": lambda a: torch.acos(0.5 * a),
+            "acosh": lambda a: torch.acosh(2.0 + a),
+            "asin": lambda a: torch.asin(0.5 * a),
+            "asinh": torch.asinh,
+            "atanh": lambda a: torch.atanh(0.5 * a),
+            "erfc": torch.erfc,
+            "exp2": torch.exp2,
+            "lgamma": lambda a: torch.lgamma(1.5 + a),
+            "logit": lambda a: torch.logit(0.5 + 0.4 * a),
+            "logit clamped": lambda a: torch.logit(0.5 + 0.6 * a, 0.1),
+            "cumprod": lambda a: torch.cumprod(a, 1),
+            "prod": lambda a: torch.prod(1.0 + a),
+            "prod dim": lambda a: torch.prod(a, 1, keepdim=True),
+            "logcumsumexp": lambda a: torch.logcumsumexp(a, 1),
+            "number pow": lambda a: torch.pow(2.0, a),
+            "index fill": lambda a: a.index_fill(1, torch.tensor([0, 2]), 2.0),
+            "scatter number": lambda a: a.scatter(1, torch.tensor([[0], [2], [1], [1], [0]]), 2.0),
+            "soft margin": lambda a: F.soft_margin_loss(a, torch.ones(VECTORS, dtype=torch.float64)),
+            "norm 3": lambda a: torch.linalg.vector_norm(a, 3, dim=1),
+            "norm 1": lambda a: torch.norm(a, 1),
+        }.items()
+    },
+    "pow of two": (lambda a, b: (1.5 + a) ** b, (VECTORS, (3,))),
+    "addcdiv": (lambda a, b, c: torch.addcdiv(a, b, 2.0 + c, value=0.5), (VECTORS, (3,), VECTORS)),
+    "addcmul": (partial(torch.addcmul, value=0.5), (VECTORS, VECTORS, (5, 1))),
+    "addmv": (partial(torch.addmv, beta=2, alpha=3), ((5,), (5, 3), (3,))),
+    "atan2": (torch.atan2, (VECTORS, (3,))),
+    "hypot": (torch.hypot, (VECTORS, (3,))),
+    "logaddexp": (torch.logaddexp, (VECTORS, (3,))),
+    "clamp by tensors": (lambda a, b: torch.clamp(a, b - 0.2, b + 0.3), (VECTORS, (3,))),
+    "clamp min by tensor": (lambda a, b: torch.clamp(a, min=b), (VECTORS, (3,))),
+    "clamp max by tensor": (lambda a, b: torch.clamp(a, max=b), (VECTORS, (3,))),
+    "lerp": (partial(torch.lerp, weight=0.3), (VECTORS, VECTORS)),
+    "lerp by tensor": (torch.lerp, (VECTORS, VECTORS, VECTORS)),
+    "index add": (lambda a, b: a.index_add(0, torch.tensor([0, 2, 0]), b, alpha=2), (VECTORS, (3, 3))),
+    "index copy": (lambda a, b: a.index_copy(0, torch.tensor([0, 2, 1]), b), (VECTORS, (3, 3))),
+    "index put": (
+        lambda a, b: a.index_put((torch.tensor([0, 2, 0]),), b, accumulate=True),
+        (VECTORS, (3, 3)),
+    ),
+    "scatter": (lambda a, b: a.scatter(0, torch.tensor([[0, 1, 2], [3, 0, 1]]), b), (VECTORS, (2, 3))),
+    "scatter add": (
+        lambda a, b: a.scatter_add(0, torch.tensor([[0, 1, 2], [0, 0, 1]]), b),
+        (VECTORS, (2, 3)),
+    ),
+    "bilinear layer": (F.bilinear, (VECTORS, VECTORS, (2, 3, 3), (2,))),
+    "grid sample": (
+        lambda a, grid: F.grid_sample(a, torch.tanh(grid), align_corners=False),
+        (IMAGE, (2, 3, 3, 2)),
+    ),
+    "grid sample 3d": (
+        lambda a, grid: F.grid_sample(a, torch.tanh(grid), align_corners=True),
+        ((1, 2, 3, 3, 2), (1, 2, 2, 2, 3)),
+    ),
     # views and other linear ops
     **{
         name: (f, (IMAGE,))
@@ -206,6 +265,33 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
             "bilinear": lambda a: F.interpolate(a, (7, 6), mode="bilinear"),
             "bicubic": lambda a: F.interpolate(a, (7, 6), mode="bicubic"),
             "dropout": lambda a: F.dropout(a, 0.5, training=False),
+            "native dropout": lambda a: torch.native_dropout(a, 0.5, False)[0],
+            "alias": lambda a: a[...] * a[:, :],
+            "reshape alias": lambda a: torch.ops.aten._reshape_alias(a, (40, 4), (4, 1)),
+            "cummax": lambda a: a.cummax(1).values,
+            "cummin": lambda a: a.cummin(2).values,
+            "kthvalue": lambda a: a.kthvalue(2, 1).values,
+            "median": lambda a: a.median(2, keepdim=True).values,
+            "channel shuffle": lambda a: F.channel_shuffle(a, 2),
+            "affine grid": lambda a: F.affine_grid(a[0, :, :2, :3], [4, 3, 3, 2], align_corners=False),
+            "max unpool": lambda a: F.max_unpool2d(*F.max_pool2d(a, 2, return_indices=True), 2),
+            "max unpool 3d": lambda a: F.max_unpool3d(*F.max_pool3d(a[:, :, :4], 2, return_indices=True), 2),
+            "reflection pad 3d": lambda a: F.pad(a, (1, 2, 1, 1, 1, 0), mode="reflect"),
+            "replication pad 3d": lambda a: F.pad(a, (1, 2, 1, 1, 1, 0), mode="replicate"),
+            "nearest 1d": lambda a: F.interpolate(a[0], 7),
+            "nearest 3d": lambda a: F.interpolate(a[None], (3, 7, 6)),
+            "nearest exact 1d": lambda a: F.interpolate(a[0], 7, mode="nearest-exact"),
+            "nearest exact": lambda a: F.interpolate(a, (7, 6), mode="nearest-exact"),
+            "nearest exact 3d": lambda a: F.interpolate(a[None], (3, 7, 6), mode="nearest-exact"),
+            "linear 1d": lambda a: F.interpolate(a[0], 7, mode="linear"),
+            "trilinear": lambda a: F.interpolate(a[None], (3, 7, 6), mode="trilinear"),
+            "bilinear, antialiased": lambda a: F.interpolate(a, (3, 3), mode="bilinear", antialias=True),
+            "bicubic, antialiased": lambda a: F.interpolate(a, (3, 3), mode="bicubic", antialias=True),
+            "norm of all": lambda a: torch.ops.aten.norm.Scalar(a, 2),
+            "remainders": lambda a: a.frac() * torch.fmod(a, 0.3) + torch.remainder(a, 0.4) + a.trunc(),
+            "nan to num": lambda a: torch.nan_to_num(torch.where(a > 0, a, math.nan), 1.0),
+            "sgn": lambda a: a * a.sgn(),
+            "std mean": lambda a: torch.mul(*torch.std_mean(a, 1)),
         }.items()
     },
     "embedding": (lambda a: F.embedding(torch.tensor([[0, 2], [4, 2]]), a, padding_idx=4), (VECTORS,)),

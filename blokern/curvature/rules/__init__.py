@@ -4,6 +4,7 @@ from typing import Any
 
 from blokern.curvature.op import Rule
 from blokern.curvature.rules import (
+    derived,
     elementwise,
     linear,
     losses,
@@ -19,6 +20,7 @@ __all__ = ["RULES"]
 
 #: From an op, as the dispatcher names it, to what makes its entry on the tape.
 RULES: dict[Any, Rule] = {
+    **derived.RULES,
     **elementwise.RULES,
     **linear.RULES,
     **losses.RULES,

@@ -211,6 +211,29 @@ class Pick(Single):
         return zero.scatter_add(self.dim, self._fold(indices), grads).reshape(self.operand.shape)
 
 
+class Dropout(Single):
+    """native_dropout, which says what it has kept."""
+
+    curved = False
+
+    def __init__(self, call: Call) -> None:
+        out, self.mask = call.out
+        super().__init__(call._replace(out=out))
+
+    def setup(self, out: Tensor, a: Tensor, p: float, train: bool | None) -> Sequence[Tensor]:
+        self.scale = 1.0 if train is False else 1.0 / (1.0 - p) if p < 1 else 0.0
+        return (self.mask,)
+
+    def settle(self) -> None:
+        del self.mask  # saved by now
+
+    def push(self, a_dot: Tensor) -> Tensor:
+        return a_dot * self.saved[0] * self.scale
+
+    def pull(self, g: Tensor) -> Tensor:
+        return self.push(g)
+
+
 def _pooled(call: Call, folded: int) -> Op:
     out, indices = call.out
     return Pick(call._replace(out=out), indices, -1, folded)
@@ -358,8 +381,10 @@ def _selected(g: Tensor, meta: Meta, dim: int, index: int) -> Tensor:
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         (
+            aten.alias.default,
             aten.view.default,
             aten._unsafe_view.default,
+            aten._reshape_alias.default,
             aten.squeeze.default,
             aten.squeeze.dim,
             aten.squeeze.dims,
@@ -391,6 +416,11 @@ RULES: dict[Any, Rule] = {
     aten.min.dim: partial(_picked, dim_at=1),
     aten.sort.default: partial(_picked, dim_at=1),
     aten.topk.default: partial(_picked, dim_at=2),
+    aten.cummax.default: partial(_picked, dim_at=1),
+    aten.cummin.default: partial(_picked, dim_at=1),
+    aten.kthvalue.default: partial(_picked, dim_at=2),
+    aten.median.dim: partial(_picked, dim_at=1),
+    aten.native_dropout.default: Dropout,
     aten.constant_pad_nd.default: partial(Padding, transpose=_padded),
     aten.cat.default: Concatenate,
     aten.stack.default: Stack,
@@ -416,13 +446,28 @@ RULES: dict[Any, Rule] = {
             aten.col2im.default,
             aten.pixel_shuffle.default,
             aten.pixel_unshuffle.default,
+            aten.channel_shuffle.default,
+            aten.affine_grid_generator.default,
+            aten.max_unpool2d.default,
+            aten.max_unpool3d.default,
             aten.reflection_pad1d.default,
             aten.reflection_pad2d.default,
+            aten.reflection_pad3d.default,
             aten.replication_pad1d.default,
             aten.replication_pad2d.default,
+            aten.replication_pad3d.default,
+            aten.upsample_nearest1d.default,
             aten.upsample_nearest2d.default,
+            aten.upsample_nearest3d.default,
+            aten._upsample_nearest_exact1d.default,
+            aten._upsample_nearest_exact2d.default,
+            aten._upsample_nearest_exact3d.default,
+            aten.upsample_linear1d.default,
             aten.upsample_bilinear2d.default,
+            aten._upsample_bilinear2d_aa.default,
+            aten.upsample_trilinear3d.default,
             aten.upsample_bicubic2d.default,
+            aten._upsample_bicubic2d_aa.default,
         ),
         Linear,
     ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blokern.curvature.op import Call, Op, Rule, Single, fit, wide
+from blokern.curvature.rules.derived import Derived
 from blokern.curvature.rules.linear import Linear, unaveraged
 
 __all__ = ["RULES"]
@@ -161,17 +163,18 @@ def _freedom(a: Tensor, dims: Sequence[int], correction: float | None) -> float:
     return max(count - (1.0 if correction is None else correction), 0.0)
 
 
-def _norm(call: Call) -> Op | None:
-    return Norm(call) if (*call.args, 2)[1] == 2 else None
+def _norm(call: Call) -> Op:
+    return Norm(call) if (*call.args, 2)[1] == 2 else Derived(call)
 
 
-def _var_mean(call: Call) -> list[Op]:
-    variance, mean = call.out
+def _with_mean(call: Call, spread: type[Deviation]) -> list[Op]:
+    """var_mean and std_mean."""
+    out, mean = call.out
     a, dim = call.args[0], (*call.args, None)[1]
     keepdim = call.kwargs.get("keepdim", False)
     dims = dim or [*range(a.dim())]
     return [
-        Variance(call._replace(out=variance)),
+        spread(call._replace(out=out)),
         Linear(Call(aten.mean.dim, (a, dims, keepdim), {}, mean), unaveraged),
     ]
 
@@ -185,6 +188,7 @@ def _unsqueezed(t: Tensor, dims: Sequence[int]) -> Tensor:
 RULES: dict[Any, Rule] = {
     aten.logsumexp.default: LogSumExp,
     aten.linalg_vector_norm.default: _norm,
+    aten.norm.Scalar: _norm,
     aten.norm.ScalarOpt_dim: _norm,
     aten.amax.default: Peak,
     aten.amin.default: Peak,
@@ -192,5 +196,6 @@ RULES: dict[Any, Rule] = {
     aten.min.default: Peak,
     aten.std.correction: Deviation,
     aten.var.correction: Variance,
-    aten.var_mean.correction: _var_mean,
+    aten.var_mean.correction: partial(_with_mean, spread=Variance),
+    aten.std_mean.correction: partial(_with_mean, spread=Deviation),
 }
