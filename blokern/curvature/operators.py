@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import reduce
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from tqdm import tqdm
+from torch.nn.parameter import is_lazy
 
 from blokern._names import unknown_name
+from blokern.curvature.batches import Batches, BatchSize
 from blokern.curvature.linearization import Linearization, LossFn, record
-from blokern.curvature.vectors import check_vector, flatten, row, unflatten
+from blokern.curvature.op import wide
+from blokern.curvature.passes import NO_BATCH, Kept, Passes
+from blokern.curvature.preservation import Held, ModelState
+from blokern.curvature.vectors import check_vector, flatten, unflatten
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["Batches", "CurvatureOperator", "GGNOperator", "HessianOperator"]
-
-Batches = Iterable[tuple[Any, Any]]
+__all__ = ["BatchSize", "Batches", "CurvatureOperator", "GGNOperator", "HessianOperator"]
 
 
 class CurvatureOperator:
@@ -29,22 +34,31 @@ class CurvatureOperator:
     Made as :class:`HessianOperator` or :class:`GGNOperator`.
 
     Args:
-        model, loss_fn: as in `linearize`; loss_fn(model(x), y) is a scalar. The model is left as it was: buffers,
-            random state and mode.
-        loader: batches (x, y) that can be gone through again and again: a list or a DataLoader. Tensors are moved to
-            the parameters' device.
-        damping: added to the diagonal.
+        model, loss_fn: as in `linearize`; loss_fn(model(x), y) is a scalar. Every batch is seen by the model as it is:
+            what a pass changes in it, buffers and other attributes, is put back (not hooks, nor what lies deeper than
+            a list or dict of a module), and so are torch's random numbers, which are the same in every product.
+        loader: batches (x, y) that can be gone through again and again: a list or a DataLoader. x and y are tensors, or
+            tensors in tuples, lists, dataclasses and mappings of any type, and are moved to the model's device.
+        damping: added to the diagonal; finite, of any sign. It may be assigned to later.
         parameters: which, by name or by a function of the name, that then is true; None: all that require a gradient.
             The rest are constants, so that this is a submatrix.
         reduction: "mean" if the loss is one over a batch's samples, and then that over all samples is meant; "sum" if
             batches add up.
+        batch_size: what a batch weighs in the mean, as a function of x, or of x and y: its samples, the tokens that
+            are no padding, the sum of its class weights. None: the first dimension of x; where that may be something
+            else, batches that differ are a ValueError (`SampleCount`).
         keep: linearise every batch once, at the first product, and keep that: a quarter less work a product, for the
-            memory of all activations. RuntimeError from a product if parameters change in between.
+            memory of all activations. RuntimeError from a product if parameters, buffers or modes change in between.
+        check_deterministic: see whether two passes over the loader agree, in what they give and in the loss: two
+            forward passes more, at once. Lists and tuples are taken to be what they are.
         progress: show a bar over the batches of each product.
 
     Vectors are dicts by parameter name; with one leading dimension more, several at once. For code that is written
-    for SciPy or curvlinops, they may also be of n entries in a row, or lists of tensors: see `@`. Wrong ones, an empty
-    loader and one that is used up after a pass are ValueErrors.
+    for SciPy or curvlinops, they may also be of n entries in a row, or lists of tensors: see `@`.
+
+    Raises ValueError for wrong vectors, an empty loader, one that is used up after a pass or gives other batches in
+    the next, and for parameters that are not there; TypeError for batches that are no pairs and for parameters that are
+    complex. RuntimeError from a product if a parameter has been replaced, or no longer requires a gradient.
     """
 
     _name: str
@@ -56,22 +70,61 @@ class CurvatureOperator:
         loader: Batches,
         *,
         damping: float = 0.0,
-        parameters: Collection[str] | Callable[[str], bool] | None = None,
+        parameters: Iterable[str] | Callable[[str], bool] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
+        batch_size: BatchSize | None = None,
         keep: bool = False,
+        check_deterministic: bool = True,
         progress: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if reduction not in ("mean", "sum"):
             raise unknown_name("reduction", reduction, ("mean", "sum"))
-        if iter(loader) is loader:
-            raise ValueError(
-                "loader must be a list, a DataLoader or the like, got an iterator: good for one product"
-            )
-        self.model, self.loss_fn, self.loader = model, loss_fn, loader
-        self.damping, self.reduction, self.progress = damping, reduction, progress
-        self.parameters = _selected(model, parameters)
-        self._kept: list[tuple[Linearization, int]] | None = [] if keep else None
-        self._random_state = torch.random.get_rng_state()
+        self.damping, self.progress = damping, progress
+        self._parameters = _selected(model, parameters)
+        self._path = _path(model, self._parameters)
+        self._passes = Passes(model, loss_fn, loader, reduction, batch_size)
+        self._keep = keep
+        self._kept: Kept | None = None
+        if check_deterministic and not isinstance(loader, list | tuple):
+            self._passes.check_deterministic(1e3 * torch.finfo(self.dtype).eps)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which products are of as it is when they are taken."""
+        return self._passes.model
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss."""
+        return self._passes.loss_fn
+
+    @property
+    def loader(self) -> Batches:
+        """The batches."""
+        return self._passes.loader
+
+    @property
+    def reduction(self) -> str:
+        """What the loss is of a batch: "mean" or "sum"."""
+        return self._passes.reduction
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The chosen parameters by name, in the model's order."""
+        return MappingProxyType(self._parameters)
+
+    @property
+    def damping(self) -> float:
+        """What is added to the diagonal."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping: float) -> None:
+        if not math.isfinite(damping):
+            raise ValueError(f"damping must be finite, got {damping}")
+        self._damping = float(damping)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,13 +134,13 @@ class CurvatureOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products in a row: the first parameter's."""
-        return next(iter(self.parameters.values())).dtype
+        """Of products in a row: the parameters', or what holds them all."""
+        return reduce(torch.promote_types, (p.dtype for p in self._parameters.values()))
 
     @property
     def device(self) -> torch.device:
-        """The parameters'."""
-        return next(iter(self.parameters.values())).device
+        """The model's, which batches are moved to: its first parameter's."""
+        return self._passes.device
 
     def adjoint(self) -> CurvatureOperator:
         """The operator itself, which is symmetric."""
@@ -146,22 +199,55 @@ class CurvatureOperator:
         ]
 
     def _of_stacks(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_vector(v, self.parameters)
-        total: dict[str, Tensor] | None = None
-        samples = 0
-        for at_batch, count in self._linearizations():
-            product = getattr(at_batch, self._name)(v, retain_graph=self._kept is not None)
-            weight = count if self.reduction == "mean" else 1
-            samples += count
-            if total is None:
-                total = {name: t * weight for name, t in product.items()}
-            else:
-                for name, t in product.items():
-                    total[name].add_(t, alpha=weight)
-        if total is None:
-            raise ValueError("loader gave no batch")
-        scale = 1.0 / samples if self.reduction == "mean" else 1.0
-        return {name: t.mul_(scale).add_(v[name], alpha=self.damping) for name, t in total.items()}
+        self._check_parameters()
+        if check_vector(v, self._parameters) == 0:
+            return {name: torch.empty_like(v[name]) for name in self._parameters}
+        total = _Total(self.reduction)
+        if self._keep:
+            self._add_kept(total, v)
+        else:
+            self._passes.visit(
+                lambda x, y, weight: total.add(self._product(self._linearize(x, y), v), weight), self._bar
+            )
+        return {
+            name: t.add_(v[name], alpha=self.damping).to(v[name].dtype) for name, t in total.value.items()
+        }
+
+    def _add_kept(self, total: _Total, v: Mapping[str, Tensor]) -> None:
+        if self._kept is None or not self._kept.batches:
+            self._kept = self._passes.linearized(self._linearize, self._bar)
+        kept = self._kept
+        kept.check()
+        with ExitStack() as stack:
+            if kept.runs_model:
+                stack.enter_context(ModelState(self.model).kept())
+                stack.enter_context(self._passes.random.replayed())
+            for at_batch, weight in kept.batches:
+                total.add(self._product(at_batch, v), weight)
+
+    def _product(self, at_batch: Linearization, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        product: dict[str, Tensor] = getattr(at_batch, self._name)(v, retain_graph=self._keep)
+        return product
+
+    def _linearize(self, x: Any, y: Any) -> Linearization:
+        return record(self.model, self.loss_fn, x, y, input_gradient=False, parameters=dict(self._parameters))
+
+    def _check_parameters(self) -> None:
+        """RuntimeError if the parameters are not what they were: products by them would be zeros."""
+        for held in self._path:
+            if not held.there:
+                raise RuntimeError(
+                    f"model: {held.name!r} has been replaced since the operator was made; make a new one"
+                )
+        for name, p in self._parameters.items():
+            if not p.requires_grad:
+                raise RuntimeError(
+                    f"model: {name!r} no longer requires a gradient; make a new operator without it"
+                )
+
+    @property
+    def _bar(self) -> str | None:
+        return type(self).__name__ if self.progress else None
 
     def to_scipy(self, dtype: Any = None) -> LinearOperator:
         """The same matrix for vectors of all parameters in a row, in their order; for SciPy's solvers.
@@ -174,42 +260,18 @@ class CurvatureOperator:
         """
         from scipy.sparse.linalg import LinearOperator
 
-        like = row(self.parameters)
         known = torch.float32 if self.dtype == torch.bfloat16 else self.dtype  # to NumPy
         given = np.dtype(str(known).removeprefix("torch.") if dtype is None else dtype)
 
         def multiply(columns: Any) -> Any:
-            product = self @ torch.as_tensor(columns).to(like)
+            if np.iscomplexobj(columns):
+                return multiply(columns.real) + 1j * multiply(columns.imag)
+            product = self @ torch.as_tensor(columns, dtype=self.dtype, device=self.device)
             return product.to(known).cpu().numpy().astype(given, copy=False)
 
         return LinearOperator(
             self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, rmatmat=multiply, dtype=given
         )
-
-    def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
-        """Every batch linearised, and how many samples it has."""
-        if self._kept:
-            yield from self._kept
-            return
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        with torch.random.fork_rng():
-            torch.random.set_rng_state(self._random_state)
-            try:
-                for x, y in tqdm(
-                    self.loader, desc=type(self).__name__, disable=not self.progress, leave=False
-                ):
-                    at_batch = self._linearize(x, y), _count(x)
-                    if self._kept is not None:
-                        self._kept.append(at_batch)
-                    yield at_batch
-            finally:
-                with torch.no_grad():
-                    for name, b in self.model.named_buffers():
-                        b.copy_(buffers[name])
-
-    def _linearize(self, x: Any, y: Any) -> Linearization:
-        x, y = tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, (x, y))
-        return record(self.model, self.loss_fn, x, y, input_gradient=False, parameters=self.parameters)
 
 
 class HessianOperator(CurvatureOperator):
@@ -235,23 +297,63 @@ class GGNOperator(CurvatureOperator):
     _name = "ggnvp"
 
 
-def _selected(model: nn.Module, which: Collection[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
+class _Total:
+    """Products added up, or their mean by weight; at least in float32."""
+
+    def __init__(self, reduction: str) -> None:
+        self._mean, self._weight = reduction == "mean", 0.0
+        self._value: dict[str, Tensor] | None = None
+
+    def add(self, product: Mapping[str, Tensor], weight: float) -> None:
+        self._weight += weight
+        if self._value is None:
+            # A product may be v itself, where the Hessian is the identity.
+            self._value = {name: wide(t).clone() for name, t in product.items()}
+            return
+        for name, t in product.items():
+            mean = self._value[name]
+            # A running one: in half precision, sums over many samples would overflow.
+            mean.lerp_(t.to(mean.dtype), weight / self._weight) if self._mean else mean.add_(t)
+
+    @property
+    def value(self) -> dict[str, Tensor]:
+        if self._value is None:
+            raise ValueError(NO_BATCH)
+        return self._value
+
+
+def _path(model: nn.Module, parameters: Iterable[str]) -> list[Held]:
+    """Where the model holds the parameters, and the modules on the way to them."""
+    found: dict[tuple[int, str], Held] = {}
+    for name in parameters:
+        *modules, leaf = name.split(".")
+        module = model
+        for part in modules:
+            found[id(module), part] = Held(module._modules, part, module._modules[part])
+            module = module._modules[part]  # type: ignore[assignment]
+        found[id(module), leaf] = Held(module._parameters, leaf, module._parameters[leaf])
+    return [*found.values()]
+
+
+def _selected(model: nn.Module, which: Iterable[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
+    if isinstance(which, str):
+        raise TypeError(f"parameters must be a list of names or a function of a name, got the str {which!r}")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(f"model: {', '.join(lazy)} have no values yet: run the model once first")
     trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if which is None:
         chosen = trainable
     elif callable(which):
         chosen = {name: p for name, p in trainable.items() if which(name)}
     else:
-        unknown = sorted(set(which) - trainable.keys())
+        names = {*which}
+        unknown = sorted(map(str, names - trainable.keys()))
         if unknown:
             raise ValueError(f"parameters: {', '.join(unknown)} are no parameters that require a gradient")
-        chosen = {name: p for name, p in trainable.items() if name in which}
+        chosen = {name: p for name, p in trainable.items() if name in names}
     if not chosen:
         raise ValueError("the model has no parameter that requires a gradient and is chosen")
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise TypeError(f"parameters: {name!r} must be real, got {p.dtype}")
     return chosen
-
-
-def _count(x: Any) -> int:
-    """A batch's samples: the first dimension of its first tensor."""
-    first = next((t for t in tree_leaves(x) if isinstance(t, Tensor) and t.dim() > 0), None)
-    return 1 if first is None else len(first)
