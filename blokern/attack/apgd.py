@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from blokern import ops
-from blokern.attack import checks
-from blokern.attack.base import Attack, AttackOptions, Batch, Look, Walk, Worst, loss_dtype, rows
-from blokern.attack.losses import dlr, dlr_targeted
+from blokern.attack.base import Attack, AttackOptions
+from blokern.attack.samples import Batch, Look, Walk, Worst, loss_dtype, rows
 from blokern.ops.types import Norm, PerSample
 
 __all__ = ["APGD"]
@@ -50,9 +49,7 @@ class APGD(Attack[_APGDWalk]):
     higher loss. early_stop: fooled samples leave the batch at once, which costs one flag read back from the
     device a step.
 
-    target_classes: None, or the number of wrong classes to run towards, most likely first, `restarts` times
-    each, with the targeted DLR loss for loss="dlr" and else the loss's negative at the target. AutoAttack's
-    APGD-CE and APGD-T::
+    AutoAttack's APGD-CE and APGD-T::
 
         apgd_ce = APGD(model, eps=8 / 255, restarts=5, early_stop=True)
         apgd_t = APGD(model, eps=8 / 255, loss="dlr", target_classes=9, early_stop=True)
@@ -67,69 +64,61 @@ class APGD(Attack[_APGDWalk]):
     def __init__(
         self,
         model: nn.Module,
-        eps: PerSample = 8 / 255,
+        eps: PerSample | None = None,
         steps: int = 100,
         norm: Norm = "linf",
         restarts: int = 1,
         *,
-        target_classes: int | None = None,
         rho: float = 0.75,
         multi_radius: bool = False,
         early_stop: bool = False,
         **options: Unpack[AttackOptions],
     ) -> None:
-        checks.check_radius("eps", eps)  # before it is doubled
         super().__init__(
             model,
             eps=eps,
-            step_size=eps if norm == "l1" else 2.0 * eps,
+            step_size=None,
             steps=steps,
             norm=norm,
             restarts=restarts,
             early_stop=early_stop,
             **options,
         )
-        if target_classes is not None:
-            checks.check_count("target_classes", target_classes)
-            if self.targeted:
-                raise ValueError("target_classes chooses the targets itself; use it with targeted=False")
-        if not 0.0 <= rho <= 1.0:
-            raise ValueError(f"rho must be a share of the steps, in [0, 1], got {rho}")
-        if multi_radius and norm != "l1":
-            raise ValueError(f"multi_radius is for norm='l1', got norm={norm!r}")
-        wide_steps = math.ceil(0.3 * steps)
-        if multi_radius and steps <= 2 * wide_steps:
-            raise ValueError(f"multi_radius needs steps >= 5, got {steps}: none would be left at eps")
-        self.target_classes = target_classes
         self.rho = rho
         self.multi_radius = multi_radius
-        self._wide_steps = wide_steps  # in each of the stages at 3 eps and at 2 eps
+        self._check()
+
+    @property
+    def step_size(self) -> PerSample:
+        """The first steps'."""
+        return self.eps if self.norm == "l1" else 2.0 * self.eps
+
+    @step_size.setter
+    def step_size(self, step_size: PerSample | None) -> None:
+        raise AttributeError("APGD.step_size follows eps: set eps, or take PGD")
 
     @property
     def name(self) -> str:
-        kind = self.loss.upper() if isinstance(self.loss, str) else getattr(self.loss, "__name__", "custom")
-        kind = f"T{self.target_classes}-{kind}" if self.target_classes is not None else kind
-        return f"APGD-{kind}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
+        return f"APGD-{self._loss_name}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
 
-    def _runs(self, everyone: Batch) -> list[Batch]:
-        if self.target_classes is None:
-            return super()._runs(everyone)
-        logits = self._logits(everyone, everyone.x)
-        if self.target_classes >= logits.shape[1]:
+    @property
+    def _wide_steps(self) -> int:
+        """Steps in each of the stages at 3 eps and at 2 eps."""
+        return math.ceil(0.3 * self.steps)
+
+    def _check(self) -> None:
+        super()._check()
+        if not 0.0 <= self.rho <= 1.0:
+            raise ValueError(f"rho must be a share of the steps, in [0, 1], got {self.rho}")
+        if self.norm == "l1" and not math.isfinite(self.clip_max - self.clip_min):
             raise ValueError(
-                f"target_classes must be less than the model's {logits.shape[1]} classes, "
-                f"got {self.target_classes}"
+                f"norm='l1' starts from noise as wide as the images' range, which must be finite, "
+                f"got clip_min={self.clip_min}, clip_max={self.clip_max}"
             )
-        wrong = logits.scatter(1, everyone.y.unsqueeze(1), -torch.inf)
-        targets = wrong.topk(self.target_classes, dim=1).indices
-        return [replace(everyone, target=t) for t in targets.unbind(1) for _ in range(self.restarts)]
-
-    def _objective(self, logits: Tensor, batch: Batch) -> Tensor:
-        if batch.target is None:
-            return super()._objective(logits, batch)
-        if self._loss is dlr:
-            return dlr_targeted(logits, batch.y, batch.target)
-        return -super()._objective(logits, replace(batch, y=batch.target))
+        if self.multi_radius and self.norm != "l1":
+            raise ValueError(f"multi_radius is for norm='l1', got norm={self.norm!r}")
+        if self.multi_radius and self.steps <= 2 * self._wide_steps:
+            raise ValueError(f"multi_radius needs steps >= 5, got {self.steps}: none would be left at eps")
 
     def _run(self, batch: Batch, worst: Worst) -> None:
         if not self.multi_radius:
@@ -146,6 +135,11 @@ class APGD(Attack[_APGDWalk]):
             x_adv = torch.where(rows(loss > walk.loss_best, x_adv), walk.x_adv, walk.x_best)
         self._project_(x_adv, batch)
         self._finish(*self._climb(batch, x_adv, self.steps - 2 * self._wide_steps, worst), worst)
+
+    def _finish(self, batch: Batch, walk: _APGDWalk, worst: Worst) -> None:
+        super()._finish(batch, walk, worst)
+        if self._draws > 1 and len(batch):  # the iterates have not been reported
+            worst.update(batch, walk.x_best, *self._judge(batch, walk.x_best))
 
     def _start(self, batch: Batch) -> Tensor:
         if self.norm != "l1":

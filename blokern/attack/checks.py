@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import get_args
 
 import torch
@@ -12,6 +13,7 @@ from blokern._names import unknown_name
 from blokern.ops.types import Norm, PerSample
 
 __all__ = [
+    "TOLERANCE",
     "check_batch",
     "check_box",
     "check_count",
@@ -21,8 +23,16 @@ __all__ = [
     "check_norm",
     "check_on_cuda",
     "check_radius",
+    "check_values",
+    "default_eps",
+    "digits",
     "per_sample",
+    "slack",
 ]
+
+#: How far images may lie outside the box, and what an attack returns outside the box and the ball: rounding, also of
+#: other libraries, leads there. Relative to clip_max − clip_min, or to a radius that is larger.
+TOLERANCE = 1e-4
 
 
 def check_model(model: object) -> None:
@@ -36,8 +46,40 @@ def check_norm(norm: object) -> None:
 
 
 def check_box(clip_min: float, clip_max: float) -> None:
+    for name, value in (("clip_min", clip_min), ("clip_max", clip_max)):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"{name} must be a float, the same for all channels, got {got}; keep images in one interval and "
+                "normalise their channels inside the model"
+            )
     if not clip_min < clip_max:
         raise ValueError(f"clip_min must be less than clip_max, got clip_min={clip_min}, clip_max={clip_max}")
+
+
+def default_eps(norm: Norm, clip_min: float, clip_max: float) -> float:
+    """8/255 of the images' range; ValueError where that is no radius to take without being asked for."""
+    check_box(clip_min, clip_max)
+    if norm != "linf":
+        raise ValueError(
+            f"eps must be given for norm={norm!r}: the default, 8/255 of the range, is an linf radius"
+        )
+    if not math.isfinite(clip_max - clip_min):
+        raise ValueError(
+            f"eps must be given where the images' range is not finite, got clip_min={clip_min}, clip_max={clip_max}"
+        )
+    return 8 / 255 * (clip_max - clip_min)
+
+
+def slack(clip_min: float, clip_max: float, radius: float = 0.0) -> float:
+    """`TOLERANCE` in the images' units, for what is as large as their range or `radius`."""
+    span = clip_max - clip_min
+    return TOLERANCE * max(span if math.isfinite(span) else 1.0, radius)
+
+
+def digits(value: float) -> str:
+    """As many as tell float32 values apart."""
+    return f"{value:.9g}"
 
 
 def check_count(name: str, value: int) -> None:
@@ -64,7 +106,12 @@ def check_radius(name: str, value: PerSample) -> None:
 
 
 def check_graphed(
-    restarts: int, early_stop: bool, eps: PerSample, step_size: PerSample, surrogate: str | None
+    restarts: int,
+    early_stop: bool,
+    eps: PerSample,
+    step_size: PerSample,
+    surrogate: str | None,
+    target_classes: int | None,
 ) -> None:
     """What a loop that is one CUDA graph can be: always the same work."""
     if restarts > 1 or early_stop:
@@ -76,6 +123,8 @@ def check_graphed(
         raise ValueError(
             f"cuda_graph=True keeps one network's graph: it takes surrogate=None, got {surrogate!r}"
         )
+    if target_classes is not None:
+        raise ValueError(f"cuda_graph=True runs once: it takes target_classes=None, got {target_classes}")
     for name, value in (("eps", eps), ("step_size", step_size)):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a float for cuda_graph=True, got a tensor")
@@ -96,44 +145,60 @@ def per_sample(name: str, value: PerSample, x: Tensor) -> PerSample:
     return float(value)
 
 
-def check_batch(x: Tensor, y: Tensor, clip_min: float, clip_max: float) -> int:
-    """Checks images and labels; returns the largest label, for :func:`check_logits`.
-
-    One synchronisation with the device for everything that only the values tell.
-    """
+def check_batch(x: Tensor, y: Tensor, of: str = "") -> None:
+    """What images and labels are, of which no value is read; `of` begins the messages."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{of}{name} must be a tensor, got {type(value).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point in [{clip_min}, {clip_max}], got {x.dtype}")
+        raise TypeError(f"{of}x must be floating-point, in [clip_min, clip_max], got {x.dtype}")
     if x.dim() < 2:
-        raise ValueError(f"x must be a batch, [N, ...], got shape {tuple(x.shape)}")
+        raise ValueError(f"{of}x must be a batch, [N, ...], got shape {tuple(x.shape)}")
     if y.dtype != torch.int64:
-        raise TypeError(f"y must be class labels, torch.int64, got {y.dtype}")
+        raise TypeError(
+            f"{of}y must be class labels, torch.int64, got {y.dtype} of shape {tuple(y.shape)}; "
+            "y.long() of labels, y.argmax(1) of one-hot rows"
+        )
     if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")
+        raise ValueError(f"{of}y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")
     if y.device != x.device:
-        raise ValueError(f"y must be on x's device, {x.device}, got {y.device}")
-    if x.numel() == 0:
-        if x.shape[0] > 0:
-            raise ValueError(f"x has samples without elements, shape {tuple(x.shape)}")
-        return -1
+        raise ValueError(f"{of}y must be on x's device, {x.device}, got {y.device}")
+    if x.numel() == 0 and x.shape[0] > 0:
+        raise ValueError(f"{of}x has samples without elements, shape {tuple(x.shape)}")
+
+
+def check_values(x: Tensor, y: Tensor, clip_min: float, clip_max: float, of: str = "") -> tuple[Tensor, int]:
+    """x with what lies outside the box by up to `slack` clipped, and the largest label, for :func:`check_logits`.
+
+    ValueError for images further out and for negative labels. One synchronisation with the device.
+    """
+    if len(x) == 0:
+        return x, -1
     low, high, first, last = torch.stack([v.double() for v in (*x.aminmax(), *y.aminmax())]).tolist()
-    if not (clip_min <= low and high <= clip_max):  # NaN fails here too
+    near = slack(clip_min, clip_max)
+    if not (clip_min - near <= low and high <= clip_max + near):  # NaN fails here too
         raise ValueError(
-            f"x must lie in [clip_min, clip_max] = [{clip_min}, {clip_max}], "
-            f"got values in [{low:.4g}, {high:.4g}]; normalise inside the model"
+            f"{of}x must lie in [clip_min, clip_max] = [{clip_min}, {clip_max}], to {near:.3g}, got values in "
+            f"[{digits(low)}, {digits(high)}]; normalise inside the model, or give the images' clip_min and clip_max"
         )
     if first < 0:
-        raise ValueError(f"y must hold class labels from 0, got {int(first)}")
-    return int(last)
+        raise ValueError(f"{of}y must hold class labels from 0, got {int(first)}")
+    if low < clip_min or high > clip_max:
+        x = x.clamp(clip_min, clip_max)
+    return x, int(last)
 
 
 def check_logits(logits: Tensor, samples: int, largest_label: int) -> None:
+    """That they are [samples, K], of two classes or more, among which the largest label is."""
     if logits.dim() != 2 or logits.shape[0] != samples or not logits.is_floating_point():
         raise ValueError(
             f"model must return floating-point logits of shape [{samples}, K], "
             f"got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"model must return the logits of at least two classes, got shape {tuple(logits.shape)}; "
+            "of one logit z for class 1, return torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if largest_label >= logits.shape[1]:
         raise ValueError(

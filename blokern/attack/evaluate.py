@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from blokern.attack import checks
-from blokern.attack.base import Attack
-from blokern.attack.losses import correct
+from blokern.attack.base import Attack, warn_still
+from blokern.attack.losses import Loss, LossName, correct
+from blokern.attack.manner import DRAWS, Manner, observe
 from blokern.attack.modes import eval_mode, frozen_parameters
+from blokern.attack.outputs import logits_of
 from blokern.attack.pgd import PGD
 from blokern.attack.surrogate import SurrogateName
 from blokern.distributed import Processes
@@ -23,8 +25,6 @@ __all__ = ["AnyAttack", "Evaluation", "evaluate"]
 
 #: (x, y) -> x_adv, whoever wrote it.
 AnyAttack: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-_TOLERANCE = 1e-4  # of box and ball: other libraries' attacks round
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ def evaluate(
     check: bool = True,
     generator: torch.Generator | None = None,
     surrogate: SurrogateName | None = None,
+    loss: LossName | Loss | None = None,
+    target_classes: int | None = None,
+    eot: int = 1,
     progress: Callable[[int, int | None], None] | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Evaluation:
@@ -66,17 +69,24 @@ def evaluate(
 
     loader: batches (x [N, ...] in [clip_min, clip_max], y [N] int64), moved to the model's device. attack: a
     callable (x, y) -> x_adv, several by name, {} for standard accuracy alone, or None for PGD-50-10: 50 steps of eps/4,
-    10 restarts, at `eps` (default 8/255) in `norm`, as in the Fast-BAT paper's evaluation. Each attack gets the samples
-    that are classified correctly without one. The model is in eval mode with its parameters frozen throughout, and
-    restored after. An attack built on another model measures transfer.
+    10 restarts, at `eps` (for "linf" 8/255 of the range by default) in `norm`, as in the Fast-BAT paper's evaluation.
+    Each attack gets the samples that are classified correctly without one. The model is in eval mode with its
+    parameters frozen throughout, and restored after. An attack built on another model measures transfer.
 
     check: refuse an attack's output that is not finite, outside the box, or, if `eps` is given, outside the
-    `norm` ball, by more than 1e-4 (relative to eps where eps > 1). generator, surrogate: for the default attack.
+    `norm` ball, by more than 1e-4 of the range (or of eps, where that is larger). generator, surrogate, loss
+    (default "ce"), target_classes: of the default attack, as :class:`blokern.attack.base.AttackOptions` has them.
     progress: called as progress(batches done, batches or None if the loader has no length). processes: each evaluates
     the batches that its own loader gives, there may be none, and all get the result of them together.
 
-    ValueError or TypeError: empty loader, images outside the box, bad labels, an attack's bad output (it is
-    named)::
+    Before the first attack the model is asked about a few images whether it answers the same twice. Where it does not,
+    there is a warning, the attacks on it stop no sample early, and accuracies are means over 10 of its answers, or eot
+    of them, if more; the default attack follows mean gradients of eot answers. A warning also tells how many samples
+    had a gradient of zero, so that an attack could not move them; the loss "dlr" or "margin" may.
+
+    ValueError or TypeError: empty loader, images outside the box (to 1e-4 of the range, which is clipped), bad labels,
+    a model without logits of two classes or more, an attack's bad output (it is named), a setting of the default attack
+    beside another::
 
         result = evaluate(model, loader, {"pgd": PGD(model), "apgd": APGD(model)}, eps=8 / 255)
         print(result.clean_accuracy, result.robust_accuracy)
@@ -84,76 +94,73 @@ def evaluate(
     checks.check_model(model)
     checks.check_norm(norm)
     checks.check_box(clip_min, clip_max)
+    checks.check_count("eot", eot)
     if eps is not None:
         if isinstance(eps, Tensor):
             raise TypeError("eps must be a float, got a tensor")
         checks.check_radius("eps", eps)
+    own = {"generator": generator, "surrogate": surrogate, "loss": loss, "target_classes": target_classes}
+    how: dict[str, Any] = {word: value for word, value in own.items() if value is not None}
     if attack is None:
-        attack = _pgd_50_10(
-            model, 8 / 255 if eps is None else eps, norm, clip_min, clip_max, generator, surrogate
-        )
+        how |= {"clip_min": clip_min, "clip_max": clip_max, "eot": eot}
+        attack = PGD(model, eps, None, 50, norm, restarts=10, early_stop=True, **how)
+    elif how:
+        raise ValueError(f"{', '.join(how)}: of the default attack, but attack is given; build it with them")
     attacks = _named(attack)
 
     started = time.perf_counter()
     batches = len(loader) if isinstance(loader, Sized) else None
-    samples = clean = robust = 0
-    held = dict.fromkeys(attacks, 0)
+    samples, clean, robust = 0, 0.0, 0.0
+    held, still = dict.fromkeys(attacks, 0.0), dict.fromkeys(attacks, 0)
+    manner, draws = None, 1
     with torch.inference_mode(False), torch.no_grad(), frozen_parameters(model), eval_mode(model):
         for done, (x, y) in enumerate(_batches(loader, model), start=1):
-            largest_label = checks.check_batch(x, y, clip_min, clip_max)
-            logits = model(x)
-            checks.check_logits(logits, len(x), largest_label)
-            sound = correct(logits, y)
-            x, y = x[sound], y[sound]
-            samples += len(sound)
-            clean += len(y)
-            standing = torch.ones_like(y, dtype=torch.bool)
+            checks.check_batch(x, y)
+            x, largest_label = checks.check_values(x, y, clip_min, clip_max)
+            if manner is None and attacks and len(x):
+                manner = observe(model, x)
+                draws = max(eot, DRAWS) if manner.random else 1
+                manner.warn("evaluate", draws, stacklevel=3)
+            holds = _held(model, x, y, draws, largest_label)
+            sound = holds > 0
+            samples, clean = samples + len(x), clean + float(holds.sum())
+            x, y, holds = x[sound], y[sound], holds[sound]
+            standing = holds
             for name, one in attacks.items() if len(y) else ():
-                x_adv = _attacked(name, one, model, x, y)
+                x_adv, unmoved = _attacked(name, one, model, x, y, manner)
                 if check:
                     _check_output(name, x_adv, x, eps, norm, clip_min, clip_max)
-                holds = correct(model(x_adv), y)
-                held[name] += int(holds.sum())
-                standing &= holds
-            robust += int(standing.sum())
+                under_attack = torch.minimum(holds, _held(model, x_adv, y, draws, largest_label))
+                held[name] += float(under_attack.sum())
+                still[name] += int(unmoved.sum())
+                standing = torch.minimum(standing, under_attack)
+            robust += float(standing.sum())
             if progress is not None:
                 progress(done, batches)
-    totals = torch.tensor([samples, clean, robust, *held.values()])
+    totals = torch.tensor([samples, clean, robust, *held.values(), *still.values()], dtype=torch.float64)
     processes.sum_([totals])
-    samples, clean, robust, *counts = totals.tolist()
+    samples, clean, robust, *counts = int(totals[0]), *totals[1:].tolist()
     if samples == 0:
         raise ValueError("loader is empty: there is nothing to evaluate")
+    for name, count in zip(attacks, counts[len(attacks) :], strict=True):
+        warn_still(name, int(count), samples)
     return Evaluation(
         clean_accuracy=clean / samples,
         robust_accuracy=robust / samples,
-        per_attack={name: count / samples for name, count in zip(held, counts, strict=True)},
+        per_attack={name: count / samples for name, count in zip(attacks, counts, strict=False)},
         samples=samples,
         seconds=time.perf_counter() - started,
     )
 
 
-def _pgd_50_10(
-    model: nn.Module,
-    eps: float,
-    norm: Norm,
-    clip_min: float,
-    clip_max: float,
-    generator: torch.Generator | None,
-    surrogate: SurrogateName | None,
-) -> PGD:
-    return PGD(
-        model,
-        eps,
-        step_size=eps / 4,
-        steps=50,
-        norm=norm,
-        restarts=10,
-        early_stop=True,
-        clip_min=clip_min,
-        clip_max=clip_max,
-        generator=generator,
-        surrogate=surrogate,
-    )
+def _held(model: nn.Module, x: Tensor, y: Tensor, draws: int, largest_label: int) -> Tensor:
+    """[N] float64: in which share of `draws` answers each sample is classified correctly."""
+    held = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for _ in range(draws):
+        logits = logits_of(model(x))
+        checks.check_logits(logits, len(x), largest_label)
+        held += correct(logits, y)
+    return held / draws
 
 
 def _named(attack: AnyAttack | Mapping[str, AnyAttack]) -> dict[str, AnyAttack]:
@@ -179,27 +186,38 @@ def _batches(loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module) -> Itera
         yield x, y
 
 
-def _attacked(name: str, attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _attacked(
+    name: str, attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor, manner: Manner | None
+) -> tuple[Tensor, Tensor]:
+    """x_adv, and [N] bool, who had no gradient to follow, as blokern's own attacks know."""
+    still = torch.zeros_like(y, dtype=torch.bool)
     # Again around each call: attacks from elsewhere expect gradients on, and may change the model's mode.
     with torch.enable_grad(), frozen_parameters(model), eval_mode(model):
-        x_adv = attack(x, y)
+        if isinstance(attack, Attack) and type(attack).__call__ is Attack.__call__:
+            x_adv, still = attack.perturb(x, y, manner if attack.model is model else None)
+        else:
+            x_adv = attack(x, y)
     if not isinstance(x_adv, Tensor):
         raise TypeError(f"attack {name!r} must return a tensor, got {type(x_adv).__name__}")
     if x_adv.shape != x.shape:
         raise ValueError(f"attack {name!r} returned shape {tuple(x_adv.shape)} for x of {tuple(x.shape)}")
-    return x_adv.detach().to(x)
+    return x_adv.detach().to(x), still
 
 
 def _check_output(
     name: str, x_adv: Tensor, x: Tensor, eps: float | None, norm: Norm, clip_min: float, clip_max: float
 ) -> None:
-    low, high = x_adv.aminmax()
-    if not (clip_min - _TOLERANCE <= low and high <= clip_max + _TOLERANCE):  # NaN fails here too
+    low, high = torch.stack(x_adv.aminmax()).tolist()
+    near = checks.slack(clip_min, clip_max)
+    if not (clip_min - near <= low and high <= clip_max + near):  # NaN fails here too
         raise ValueError(
-            f"attack {name!r} left the box [{clip_min}, {clip_max}]: values in [{low:.6g}, {high:.6g}]"
+            f"attack {name!r} left the box [{clip_min}, {clip_max}]: "
+            f"values in [{checks.digits(low)}, {checks.digits(high)}]"
         )
     if eps is not None:
         order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-        size = torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), order, dim=1).max()
-        if not size <= eps + _TOLERANCE * max(1.0, eps):
-            raise ValueError(f"attack {name!r} left the {norm} ball of radius {eps:.6g}: distance {size:.6g}")
+        size = float(torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), order, dim=1).max())
+        if not size <= eps + checks.slack(clip_min, clip_max, eps):
+            raise ValueError(
+                f"attack {name!r} left the {norm} ball of radius {checks.digits(eps)}: distance {checks.digits(size)}"
+            )

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from blokern import ops
 from blokern.attack import checks
-from blokern.attack.base import Attack, AttackOptions, Batch, Look, Walk, Worst, loss_dtype
+from blokern.attack.attributes import Fixed
+from blokern.attack.base import Attack, AttackOptions
 from blokern.attack.graph import GraphedLoop
+from blokern.attack.samples import Batch, Look, Walk, Worst, loss_dtype
 from blokern.ops.types import Norm, PerSample
 
 __all__ = ["FGSM", "NFGSM", "PGD"]
@@ -38,7 +40,7 @@ class PGD(Attack[Walk]):
 
     Directions: sign(g) for "linf", g/‖g‖₂ for "l2", g/‖g‖₁ for "l1"; projection to the ball, then the box,
     for "l1" to both at once. Madry et al., ICLR 2018. `step_size` is a float or a tensor [N], in
-    units of x.
+    units of x; None is a quarter of eps.
 
     random_start: start uniformly in the ball, else at x. restarts: independent runs, which need a random
     start; each sample keeps its worst end point: one that fools before one that does not, then the higher
@@ -63,8 +65,8 @@ class PGD(Attack[Walk]):
     def __init__(
         self,
         model: nn.Module,
-        eps: PerSample = 8 / 255,
-        step_size: PerSample = 2 / 255,
+        eps: PerSample | None = None,
+        step_size: PerSample | None = None,
         steps: int = 10,
         norm: Norm = "linf",
         restarts: int = 1,
@@ -84,36 +86,57 @@ class PGD(Attack[Walk]):
             early_stop=early_stop,
             **options,
         )
-        if restarts > 1 and not random_start:
-            raise ValueError(
-                f"restarts={restarts} without random_start would repeat the same run; use restarts=1"
-            )
         self.random_start = random_start
-        if cuda_graph:
-            checks.check_graphed(restarts, early_stop, eps, step_size, self.surrogate)
-        self._graphed = GraphedLoop() if cuda_graph else None
-        self._largest_label = -1  # that the model was seen to have
+        self.cuda_graph = cuda_graph
+        self._graphed = GraphedLoop()
+        self._largest_label = -1  # that the graphed model was seen to have
+        self._check()
 
     @property
     def name(self) -> str:
-        return f"PGD-{self.steps}-{self.restarts}" if self.restarts > 1 else f"PGD-{self.steps}"
+        kind = "" if self._loss_name == "CE" else f"-{self._loss_name}"
+        return f"PGD{kind}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
+
+    def _check(self) -> None:
+        super()._check()
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(
+                f"restarts={self.restarts} without random_start would repeat the same run; use restarts=1"
+            )
+        if self.cuda_graph:
+            checks.check_graphed(
+                *(self.restarts, self.early_stop, self.eps, self.step_size),
+                *(self.surrogate, self.target_classes),
+            )
 
     def _perturb(self, everyone: Batch) -> Tensor:
-        if self._graphed is not None:
-            return self._graphed_walk(self._graphed, everyone)
-        if (
-            self.restarts == 1 and not self.early_stop
-        ):  # nothing to compare: the end point, without a look at it
+        if self.cuda_graph:
+            return self._graphed_walk(everyone)
+        if self.restarts == 1 and self.target_classes is None and not self._stops:
+            # Nothing to compare: the end point, without a look at it.
             _, walk = self._climb(everyone, self._start(everyone), self.steps, None)
             return walk.x_adv
-        return self._hunt(everyone) if self.early_stop else super()._perturb(everyone)
+        return super()._perturb(everyone)
 
-    def _hunt(self, batch: Batch) -> Tensor:
+    def _runs(self, everyone: Batch) -> list[Batch]:
+        runs = super()._runs(everyone)
+        return runs[:: self.restarts] if self._stops else runs  # a hunt has all restarts
+
+    def _run(self, batch: Batch, worst: Worst) -> None:
+        if self._stops:
+            self._hunt(batch, worst)
+        else:
+            self._finish(*self._climb(batch, self._start(batch), self.steps, None), worst)
+
+    def _hunt(self, batch: Batch, worst: Worst) -> None:
         """early_stop: all runs of a sample, one after another, until one fools."""
-        worst = Worst(batch)
-        runs = self._set_off(batch)
+        runs, first = self._set_off(batch), True
         while len(batch):
-            look = self._confirmed(self._look(batch, runs.x_adv), batch, runs.x_adv)
+            look = self._look(batch, runs.x_adv)
+            if first:
+                self._note(batch, look)
+                first = False
+            look = self._confirmed(look, batch, runs.x_adv)
             worst.update(batch, runs.x_adv, look.loss, look.fooled)
             circles = self._circles(runs, look)
             ended = (runs.left > 0) & ~look.fooled & (circles | (runs.step == self.steps))
@@ -130,7 +153,6 @@ class PGD(Attack[Walk]):
             standing = (runs.left > 0).nonzero().squeeze(1)
             if len(standing) == 0 or len(standing) < (1 - _IDLE) * len(batch):
                 batch, runs = batch.take(standing), runs.take(standing)
-        return worst.x_adv
 
     def _set_off(self, batch: Batch) -> _Runs:
         x_adv, n, points = self._start(batch), len(batch), self.steps + 1
@@ -157,7 +179,7 @@ class PGD(Attack[Walk]):
         visits = earlier & (runs.visited == here)
         return visits.any(dim=1) & ~(visits & ~alike).any(dim=1)
 
-    def _graphed_walk(self, graphed: GraphedLoop, everyone: Batch) -> Tensor:
+    def _graphed_walk(self, everyone: Batch) -> Tensor:
         checks.check_on_cuda(everyone.x)
         if everyone.largest_label > self._largest_label:  # a replay looks at no label
             self._logits(everyone, everyone.x)
@@ -167,19 +189,10 @@ class PGD(Attack[Walk]):
             self._climb(replace(everyone, x=x, y=y), x_adv, self.steps, None)
 
         settings = (
-            self.steps,
-            self.norm,
-            self.eps,
-            self.step_size,
-            self.clip_min,
-            self.clip_max,
-            self.targeted,
+            *(self.model, self.loss, self.targeted, self.eot, self.steps, self.norm),
+            *(everyone.eps, everyone.step_size, self._reach(everyone), self.clip_min, self.clip_max),
         )
-        return graphed(run, self.model, settings, everyone.x, everyone.y, self._start(everyone))
-
-    def _run(self, batch: Batch, worst: Worst) -> None:
-        batch, walk = self._climb(batch, self._start(batch), self.steps, None)
-        self._finish(batch, walk, worst)
+        return self._graphed(run, self.model, settings, everyone.x, everyone.y, self._start(everyone))
 
     def _start(self, batch: Batch) -> Tensor:
         return self._random_start(batch, batch.eps) if self.random_start else batch.x.clone()
@@ -226,21 +239,25 @@ class FGSM(PGD):
         x_adv = FGSM(model, eps=8 / 255, step_size=10 / 255, random_start=True)(x, y)
     """
 
+    steps = Fixed[int]("it is one step; take PGD for more")
+
     def __init__(
         self,
         model: nn.Module,
-        eps: PerSample = 8 / 255,
+        eps: PerSample | None = None,
         step_size: PerSample | None = None,
         norm: Norm = "linf",
         random_start: bool = False,
         **options: Unpack[AttackOptions],
     ) -> None:
-        step_size = eps if step_size is None else step_size
         super().__init__(model, eps, step_size, 1, norm, random_start=random_start, **options)
 
     @property
     def name(self) -> str:
-        return "FGSM"
+        return "FGSM" if self._loss_name == "CE" else f"FGSM-{self._loss_name}"
+
+    def _default_step_size(self) -> PerSample:
+        return self.eps
 
 
 class NFGSM(PGD):
@@ -253,24 +270,33 @@ class NFGSM(PGD):
         x_adv = NFGSM(model, eps=8 / 255, noise=2.0)(x, y)
     """
 
+    steps = Fixed[int]("it is one step; take PGD for more")
+    random_start = Fixed[bool]("its noise is the start; noise=0.0 starts at x")
+
     def __init__(
         self,
         model: nn.Module,
-        eps: PerSample = 8 / 255,
+        eps: PerSample | None = None,
         step_size: PerSample | None = None,
         noise: float = 2.0,
         norm: Norm = "linf",
         **options: Unpack[AttackOptions],
     ) -> None:
-        if isinstance(noise, Tensor):
-            raise TypeError("noise must be a float, relative to eps, got a tensor")
-        checks.check_radius("noise", noise)
-        super().__init__(model, eps, eps if step_size is None else step_size, 1, norm, **options)
         self.noise = noise
+        super().__init__(model, eps, step_size, 1, norm, **options)
 
     @property
     def name(self) -> str:
-        return "N-FGSM"
+        return "N-FGSM" if self._loss_name == "CE" else f"N-FGSM-{self._loss_name}"
+
+    def _default_step_size(self) -> PerSample:
+        return self.eps
+
+    def _check(self) -> None:
+        super()._check()
+        if isinstance(self.noise, Tensor):
+            raise TypeError("noise must be a float, relative to eps, got a tensor")
+        checks.check_radius("noise", self.noise)
 
     def _start(self, batch: Batch) -> Tensor:
         return self._random_start(batch, self.noise * batch.eps)

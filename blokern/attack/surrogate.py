@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from blokern._names import unknown_name
+from blokern.attack.outputs import logits_of
 
 __all__ = ["SURROGATES", "Surrogate", "SurrogateName", "check_surrogate"]
 
@@ -31,9 +32,9 @@ def check_surrogate(name: object) -> None:
 class Surrogate(nn.Module):
     """`model` in eval mode as it is now, BatchNorm folded into convolutions, channels_last, in the type `name`.
 
-    Takes and returns float32, without parameter gradients. `x` [N, ...] are images to try it on: where it does not
-    compute what the model does (up to rounding; tracing a forward in Python can miss some of it), it is the model
-    itself, with a warning::
+    Takes and returns float32, without parameter gradients. `x` [N, ...] are images to try it on: where it cannot be
+    made or run, or does not compute what the model does (up to rounding; tracing a forward in Python can miss some of
+    it), it is the model itself, with a warning::
 
         guide = Surrogate(model, x, "bf16")
         assert (guide(x).argmax(1) == model(x).argmax(1)).float().mean() > 0.9
@@ -41,23 +42,36 @@ class Surrogate(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor, name: SurrogateName) -> None:
         super().__init__()
-        self.dtype = SURROGATES[name]
-        self.format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        self.network = _folded(model).to(self.dtype).requires_grad_(False)
-        self.network.to(memory_format=self.format)  # type: ignore[call-overload]  # missing in torch's stub
         with torch.no_grad():
-            logits = model(x)
-            error = (self(x) - logits).norm() / logits.norm().clamp(min=1e-12)
-        if not error <= _TOLERANCE[name]:
+            logits = logits_of(model(x))
+        try:
+            self.dtype = SURROGATES[name]
+            self.format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+            self.network = _folded(model).to(self.dtype).requires_grad_(False)
+            self.network.to(memory_format=self.format)  # type: ignore[call-overload]  # missing in torch's stub
+            wrong = self._error(logits, x, name)
+        except (
+            Exception
+        ) as error:  # copying, tracing and running call the model's own code, which may raise anything
+            wrong = f" cannot be made or run ({type(error).__name__}: {error})"
+        if wrong is not None:
             warnings.warn(
-                f"surrogate={name!r}: the copy's logits are {error:.1%} off, so the model itself is attacked",
-                stacklevel=2,
+                f"surrogate={name!r}: the copy{wrong}, so the model itself is attacked", stacklevel=2
             )
             self.dtype, self.format, self.network = x.dtype, torch.preserve_format, model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x.to(self.dtype, memory_format=self.format))
-        return logits.float()
+        return logits_of(self.network(x.to(self.dtype, memory_format=self.format))).float()
+
+    def _error(self, logits: Tensor, x: Tensor, name: SurrogateName) -> str | None:
+        """What is wrong with the copy's logits for x, where the model's are these; raises what the copy raises."""
+        with torch.no_grad():
+            logits, ours = logits.double(), self(x).double()  # whose squares do not underflow
+        some = x[:1].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.grad(self(some).sum(), some)
+        error = (ours - logits).norm() / logits.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        return None if error <= _TOLERANCE[name] else f"'s logits are {error:.1%} off"
 
 
 def _folded(model: nn.Module) -> nn.Module:

@@ -70,9 +70,10 @@ def test_early_stop_fools_the_same_samples(norm, monkeypatch):
     x, y = images(net, n=48, wrong=0.1)
     monkeypatch.setattr(APGD, "_start", lambda self, batch: batch.x.clone())
     full = APGD(net, EPS[norm], 20, norm)(x, y)
-    sizes = []
-    net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    dropped = APGD(net, EPS[norm], 20, norm, early_stop=True)(x, y)
+    out = []
+    stopping = APGD(net, EPS[norm], 20, norm, early_stop=True)
+    sizes = [len(p) for p in seen_by(net, lambda: out.append(stopping(x, y)), early_stop=True)]
+    dropped = out[0]
     assert sizes[0] == 48
     assert sizes[-1] < 48
     assert torch.equal(correct(net(full), y), correct(net(dropped), y))
@@ -169,7 +170,7 @@ def test_per_sample_radii():
         ({"target_classes": 0}, "target_classes must be at least 1"),
         ({"target_classes": 3, "targeted": True}, "targeted=False"),
         ({"multi_radius": True}, "norm='l1'"),
-        ({"multi_radius": True, "norm": "l1", "steps": 4}, "steps >= 5"),
+        ({"multi_radius": True, "norm": "l1", "eps": 1.0, "steps": 4}, "steps >= 5"),
     ],
 )
 def test_bad_settings(settings, message):

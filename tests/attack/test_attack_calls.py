@@ -175,7 +175,11 @@ def test_wrong_batches(change, error, message):
             "norm must be one of 'linf', 'l2', 'l1', got 'Linf'; did you mean 'linf'",
         ),
         ({"norm": 2}, ValueError, "norm must be one of 'linf', 'l2', 'l1', got 2"),
-        ({"loss": "dl"}, ValueError, "loss must be one of 'ce', 'dlr', got 'dl'; did you mean 'dlr'"),
+        (
+            {"loss": "dl"},
+            ValueError,
+            "loss must be one of 'ce', 'dlr', 'margin', 'cw', got 'dl'; did you mean 'dlr'",
+        ),
         ({"eps": -0.1}, ValueError, "eps must be finite and at least 0, got -0.1"),
         ({"eps": torch.tensor([0.1, -1.0])}, ValueError, "eps must be finite and at least 0"),
         (

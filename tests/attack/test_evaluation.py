@@ -162,7 +162,7 @@ def test_prints(net, loader):
             lambda x, y: 1 - x,
             {"eps": 8 / 255},
             ValueError,
-            "left the linf ball of radius 0.0313725: distance",
+            "left the linf ball of radius 0.031372549: distance",
         ),
         (lambda x, y: 1 - x, {"eps": 0.5, "norm": "l2"}, ValueError, "left the l2 ball"),
         (lambda x, y: 1 - x, {"eps": 5.0, "norm": "l1"}, ValueError, "left the l1 ball"),

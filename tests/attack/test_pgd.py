@@ -150,7 +150,7 @@ def test_early_stop_drops_the_fallen_from_steps_and_restarts():
     x, y = images(net, n=64, wrong=0.25)
     eps = 0.05
     attack = PGD(net, eps, eps / 4, 6, restarts=5, early_stop=True)
-    sizes = [len(p) for p in seen_by(net, lambda: attack(x, y))]
+    sizes = [len(p) for p in seen_by(net, lambda: attack(x, y), early_stop=True)]
     assert sizes[0] == 64
     assert sizes[1] <= 48
     assert sizes == sorted(sizes, reverse=True)
