@@ -1,17 +1,12 @@
 """Methods to train with, as step rules: `Method(model, optimizer, settings).step(x, y)`, in anyone's loop; and methods
 to prune with: `Method(settings).masks(model, batches)`. BiP does both, and its step takes two batches."""
 
-from blokern.bilevel.adversarial import (
-    NFGSMAT,
-    PGDAT,
-    TRADES,
-    FastAT,
+from blokern.bilevel.adversarial import NFGSMAT, PGDAT, TRADES, FastAT, GradAlign, Plain
+from blokern.bilevel.adversarial_settings import (
     FastATSettings,
-    GradAlign,
     GradAlignSettings,
     NFGSMATSettings,
     PGDATSettings,
-    Plain,
     PlainSettings,
     TRADESSettings,
 )

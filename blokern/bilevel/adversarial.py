@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Generic, TypedDict, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,21 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blokern import ops
-from blokern.attack import eval_mode, frozen_parameters
-from blokern.attack.checks import check_box
-from blokern.bilevel.settings import Precision, autocast, check_numbers, check_precision
-from blokern.bilevel.step import StepResult, check_batch, check_types
+from blokern.attack import eval_mode, frozen_parameters, logits_of
+from blokern.attack.attributes import Fixed
+from blokern.attack.checks import check_logits, check_values
+from blokern.bilevel.adversarial_settings import (
+    AdversarialSettings,
+    Box,
+    FastATSettings,
+    GradAlignSettings,
+    NFGSMATSettings,
+    PGDATSettings,
+    PlainSettings,
+    TRADESSettings,
+)
+from blokern.bilevel.settings import Precision, autocast
+from blokern.bilevel.step import StepResult, check_batch, check_optimizer, check_types
 from blokern.curvature import Linearization, LossFn, linearize
 from blokern.distributed import Processes
 
@@ -45,121 +55,7 @@ __all__ = [
     "cross_entropy_sum",
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PlainSettings:
-    """Settings of `Plain`.
-
-    Args:
-        precision: fp32, or bf16 for forwards under bfloat16 autocast.
-
-    Raises:
-        TypeError, ValueError: a setting of another type or out of range.
-    """
-
-    precision: Precision = "fp32"
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_precision(self.precision)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdversarialSettings(PlainSettings, ABC):
-    """What every L∞ method takes.
-
-    Args:
-        eps: radius of the perturbation, in the images' units.
-        step_size: of the attack; None is the method's default for this eps, see `attack_step_size`.
-        clip_min: least value of an image.
-        clip_max: greatest value of an image.
-        precision: fp32, or bf16 for forwards under bfloat16 autocast.
-
-    Raises:
-        TypeError, ValueError: a setting of another type or out of range.
-    """
-
-    eps: float = 8 / 255
-    step_size: float | None = None
-    clip_min: float = 0.0
-    clip_max: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_box(self.clip_min, self.clip_max)
-
-    @property
-    def attack_step_size(self) -> float:
-        """The step size in use."""
-        return self._default_step_size() if self.step_size is None else self.step_size
-
-    @abstractmethod
-    def _default_step_size(self) -> float: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class FastATSettings(AdversarialSettings):
-    """`AdversarialSettings` of `FastAT`; step_size is 1.25 eps by default."""
-
-    def _default_step_size(self) -> float:
-        return 1.25 * self.eps
-
-
-@dataclass(frozen=True, kw_only=True)
-class NFGSMATSettings(AdversarialSettings):
-    """`AdversarialSettings` of `NFGSMAT`; step_size is eps by default."""
-
-    def _default_step_size(self) -> float:
-        return self.eps
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradAlignSettings(FastATSettings):
-    """`AdversarialSettings` of `GradAlign`; step_size is 1.25 eps by default.
-
-    Args:
-        penalty: the weight c of 1 − cos; None is the paper's for this eps, see `alignment_penalty`.
-    """
-
-    penalty: float | None = None
-
-    @property
-    def alignment_penalty(self) -> float:
-        """The penalty in use; by default 0.2 · 10^((255 eps − 8)/8), which the released code tabulates, and from the
-        table's end at 16/255 on its last value, 2: the exponential soon drowns the loss."""
-        if self.penalty is not None:
-            return self.penalty
-        return 0.2 * math.pow(10.0, (min(255.0 * self.eps, 16.0) - 8.0) / 8.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PGDATSettings(AdversarialSettings):
-    """`AdversarialSettings` of `PGDAT`; step_size is eps/attack_steps by default, but no less than eps/4.
-
-    That is eps/2 for two steps, and 2/255 for ten at eps = 8/255.
-
-    Args:
-        attack_steps: sign steps of the attack.
-    """
-
-    attack_steps: int = 2
-
-    def _default_step_size(self) -> float:
-        return self.eps / min(self.attack_steps, 4)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TRADESSettings(PGDATSettings):
-    """`PGDATSettings` of `TRADES`.
-
-    Args:
-        attack_steps: sign steps of the attack.
-        beta: weight of the KL divergence.
-    """
-
-    attack_steps: int = 10
-    beta: float = 6.0
-
+_SCALE = 2.0**-60
 
 SettingsT = TypeVar("SettingsT", bound=PlainSettings)
 AdversarialSettingsT = TypeVar("AdversarialSettingsT", bound=AdversarialSettings)
@@ -168,8 +64,11 @@ AdversarialSettingsT = TypeVar("AdversarialSettingsT", bound=AdversarialSettings
 class Rule(ABC, Generic[SettingsT]):
     """A `StepRule`: checks the batch, leaves the method's gradient in every `.grad`, steps the optimizer.
 
-    Parameters that do not require a gradient are left alone, `.grad` included; parameters that the loss does
-    not use end with `.grad` None. Raises TypeError if an argument is not of its type.
+    The model returns logits [N, K], or an object that has them as ``.logits`` or ``["logits"]``. Parameters that do not
+    require a gradient are left alone, `.grad` included; parameters that the loss does not use end with `.grad` None.
+    Raises TypeError if an argument is not of its type, ValueError if the optimizer holds no parameter of the model.
+
+    `settings` and `optimizer` may be set at any time, and count from the next step on.
 
     Of several `processes`, each gives its part of the batch, in order of rank and of equal size, and their generators
     are seeded alike. They begin with the first one's model, and take the step that one process would for the whole
@@ -177,6 +76,9 @@ class Rule(ABC, Generic[SettingsT]):
     """
 
     settings_type: ClassVar[type[PlainSettings]]
+
+    model = Fixed[nn.Module]("make a new rule, with an optimizer of the new model's parameters")
+    processes = Fixed[Processes]("make a new rule, which has all processes begin with one model")
 
     def __init__(
         self,
@@ -188,27 +90,43 @@ class Rule(ABC, Generic[SettingsT]):
         check_types(
             model=(model, nn.Module),
             optimizer=(optimizer, Optimizer),
-            settings=(settings, self.settings_type),
             processes=(processes, Processes),
         )
+        check_optimizer(model, optimizer)
+        self.settings = settings
         processes.equalize_(model)
         self.model = model
         self.optimizer = optimizer
-        self.settings = settings
         self.processes = processes
+
+    @property
+    def settings(self) -> SettingsT:
+        """What the next step goes by."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: SettingsT) -> None:
+        check_types(settings=(settings, self.settings_type))
+        self._settings = settings
+        self._values_checked = False  # of the batches that come
+        self._largest_label = -1
 
     def step(self, x: Tensor, y: Tensor) -> StepResult:
         """Updates the model once.
 
-        x: [N, ...] float32 or float64, in [clip_min, clip_max] (unchecked: a check would synchronise with the
-        device). y: [N] int64. Raises TypeError or ValueError, naming the argument, for other dtypes or
-        shapes; RuntimeError if no parameter gets a gradient.
+        x: [N, ...] float32 or float64, in [clip_min, clip_max]. y: [N] int64. Values are read in the first step alone,
+        as reading makes the host wait for the device. Raises TypeError or ValueError, naming the argument, for other
+        dtypes or shapes, images outside the box (by more than 1e-4 of it), labels that the model does not have, and
+        a model that returns no [N, K] logits of two classes or more; RuntimeError if no parameter gets a gradient.
         """
         check_batch(x, y)
+        if not self._values_checked:
+            _, self._largest_label = check_values(x, y, **self.settings.box)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, enabled=False):  # forwards choose their own; see `precision`
             result = self._backward(x.detach(), y)
         _check_gradients(self.model)
+        self._values_checked = True
         self.processes.average_gradients(self.model)
         self.optimizer.step()
         return result
@@ -220,13 +138,19 @@ class Rule(ABC, Generic[SettingsT]):
     def _descend(self, x: Tensor, y: Tensor) -> StepResult:
         """One forward and backward of the mean cross-entropy at x; fills x.grad too if x requires it."""
         logits = self._logits(x)
-        loss = F.cross_entropy(logits, y)
+        loss = _cross_entropy(logits, y, "mean")
         torch.autograd.backward(loss)
         return StepResult(loss.detach(), logits.detach())
 
     def _logits(self, x: Tensor) -> Tensor:
         with self._autocast(x):
-            logits: Tensor = self.model(x)
+            output = self.model(x)
+        return self._checked(output, len(x))
+
+    def _checked(self, output: object, samples: int) -> Tensor:
+        """The logits in what the model returned."""
+        logits = logits_of(output)
+        check_logits(logits, samples, self._largest_label)
         return _at_least_float32(logits)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
@@ -243,45 +167,32 @@ def _check_gradients(model: nn.Module) -> None:
         )
 
 
-class Box(TypedDict):
-    """The images' range, as the ops take it."""
-
-    clip_min: float
-    clip_max: float
-
-
 class AdversarialRule(Rule[AdversarialSettingsT]):
     """A rule that attacks with gradients of the input."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        settings: AdversarialSettingsT,
-        processes: Processes = Processes(),  # noqa: B008  # frozen
-    ) -> None:
-        super().__init__(model, optimizer, settings, processes)
-        self._box: Box = {"clip_min": settings.clip_min, "clip_max": settings.clip_max}
-
     def _random_start(self, x: Tensor, eps: float, box: Box | None = None) -> Tensor:
         """x with uniform noise of radius eps, clipped: what these samples draw within the whole batch."""
-        return ops.random_start(x, eps, first=self.processes.rank * len(x), **(box or self._box))
+        return ops.random_start(x, eps, first=self.processes.rank * len(x), **(box or self.settings.box))
 
     def _input_gradient(self, loss_fn: LossFn, x: Tensor, y: Tensor) -> Tensor:
-        """∇ₓ loss_fn(model(x), y): two sweeps; nothing is kept for the weights' gradients."""
+        """∇ₓ loss_fn(logits, y): two sweeps; nothing is kept for the weights' gradients."""
         x = x.detach().requires_grad_()
         with frozen_parameters(self.model):
             (grad,) = torch.autograd.grad(loss_fn(self._logits(x), y), x)
         return grad
 
+    def _step(self, x_adv: Tensor, x: Tensor, grad: Tensor, eps: float) -> Tensor:
+        """One ascent step along grad, into the box and the ball of radius eps around x."""
+        return ops.pgd_step(x_adv, x, grad, self.settings.attack_step_size, eps, **self.settings.box)
+
     def _sign_step(self, x_adv: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        """One ascent step on the cross-entropy, into the box and the ball of radius eps around x."""
-        grad = self._input_gradient(cross_entropy_sum, x_adv, y)
-        return ops.pgd_step(x_adv, x, grad, self.settings.attack_step_size, eps, **self._box)
+        """`_step` on the cross-entropy."""
+        return self._step(x_adv, x, self._input_gradient(cross_entropy_sum, x_adv, y), eps)
 
     def _linearize(self, loss_fn: LossFn, x: Tensor, y: Tensor) -> Linearization:
+        """Of loss_fn(logits, y)."""
         with self._autocast(x):
-            return linearize(self.model, loss_fn, x, y)
+            return linearize(self.model, lambda output, y: loss_fn(self._checked(output, len(x)), y), x, y)
 
     def _add_to_grad(self, products: dict[str, Tensor]) -> None:
         """Adds to the gradients of the last backward; a parameter without one is unused and stays so."""
@@ -377,16 +288,17 @@ class GradAlign(AdversarialRule[GradAlignSettings]):
     def _backward(self, x: Tensor, y: Tensor) -> StepResult:
         eps, penalty = self.settings.eps, self.settings.alignment_penalty
         clean = self._input_gradient(cross_entropy_sum, x, y)
-        x_adv = ops.pgd_step(x, x, clean, self.settings.attack_step_size, eps, **self._box)
-        result = self._descend(x_adv, y)
+        result = self._descend(self._step(x, x, clean, eps), y)
 
         noise = self._random_start(x, eps, {"clip_min": -math.inf, "clip_max": math.inf})
         at_noise = self._linearize(cross_entropy_sum, noise, y)
         noisy = at_noise.grad_input.requires_grad_()
         with torch.enable_grad():
             cosine = self._mean_cosine(clean, noisy)
-        (u,) = torch.autograd.grad(-penalty * cosine, noisy)
-        self._add_to_grad(at_noise.mixed_hvp(u, retain_graph=False))
+        # u is as large as these gradients are small, and so it is scaled, exactly, lest it overflow on its way.
+        (u,) = torch.autograd.grad(-penalty * _SCALE * cosine, noisy)
+        products = at_noise.mixed_hvp(u, retain_graph=False)
+        self._add_to_grad({name: product / _SCALE for name, product in products.items()})
 
         cosine = cosine.detach()
         return StepResult(result.loss + penalty * (1.0 - cosine), result.logits, {"cosine": cosine})
@@ -396,13 +308,11 @@ class GradAlign(AdversarialRule[GradAlignSettings]):
 
         Of several processes, a share whose mean over them is that of all their samples.
         """
-        a, b = a.flatten(1), b.flatten(1)
-        size = a.norm(dim=1) * b.norm(dim=1)
-        counted = size > 0
-        cosine = (a * b).sum(dim=1) / size.where(counted, 1.0)
+        a, b = _directions(a), _directions(b)
+        counted = a.detach().any(dim=1) & b.detach().any(dim=1)
         count = counted.sum().to(a.dtype)
         self.processes.average_([count])
-        mean: Tensor = cosine.where(counted, 0.0).sum() / count.clamp(min=1 / self.processes.size)
+        mean: Tensor = (a * b).sum() / count.clamp(min=1 / self.processes.size)
         return mean
 
 
@@ -426,15 +336,14 @@ class TRADES(AdversarialRule[TRADESSettings]):
         settings = self.settings
         with eval_mode(self.model):
             with torch.no_grad():
-                clean = self._logits(x).softmax(dim=1)
-            x_adv = x + 0.001 * self._normal_like(x)
+                clean = self._logits(x).log_softmax(dim=1)
+            x_adv = x + 0.001 * settings.span * self._normal_like(x)
             for _ in range(settings.attack_steps):
-                grad = self._input_gradient(_kl_sum, x_adv, clean)
-                x_adv = ops.pgd_step(x_adv, x, grad, settings.attack_step_size, settings.eps, **self._box)
+                x_adv = self._step(x_adv, x, self._input_gradient(_kl_sum, x_adv, clean), settings.eps)
 
         clean_logits, logits = self._logits(x), self._logits(x_adv)
-        cross_entropy = F.cross_entropy(clean_logits, y)
-        kl = _kl_sum(logits, clean_logits.softmax(dim=1)) / x.shape[0]
+        cross_entropy = _cross_entropy(clean_logits, y, "mean")
+        kl = _kl_sum(logits, clean_logits.log_softmax(dim=1)) / x.shape[0]
         loss = cross_entropy + settings.beta * kl
         torch.autograd.backward(loss)
         metrics = {"cross_entropy": cross_entropy.detach(), "kl": kl.detach()}
@@ -448,12 +357,30 @@ class TRADES(AdversarialRule[TRADESSettings]):
 
 def cross_entropy_sum(logits: Tensor, y: Tensor) -> Tensor:
     """ΣCE over the batch, so that a sample's input gradient does not depend on the batch size."""
-    return F.cross_entropy(_at_least_float32(logits), y, reduction="sum")
+    return _cross_entropy(_at_least_float32(logits), y, "sum")
 
 
-def _kl_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """ΣKL(target ‖ softmax(logits)) over the batch."""
-    return F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
+def _cross_entropy(logits: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """torch's, in which no label stands for "leave this sample out": -100 is as wrong as -1."""
+    return F.cross_entropy(logits, y, reduction=reduction, ignore_index=torch.iinfo(torch.int64).min)
+
+
+def _kl_sum(logits: Tensor, log_p: Tensor) -> Tensor:
+    """ΣKL(p ‖ softmax(logits)) over the batch. With p's logarithm given, a p that underflows has a finite derivative,
+    which that of log p is not; a class of p = 0 has none."""
+    p = log_p.exp()
+    apart = torch.where(p > 0, log_p - logits.log_softmax(dim=1), 0.0)
+    return (p * apart).sum()
+
+
+def _directions(v: Tensor) -> Tensor:
+    """v [N, ...] → [N, D], each sample over its norm; zero stays zero, and what is too small to be divided by becomes
+    it. Samples are scaled first, as squares of small numbers underflow."""
+    v = v.flatten(1)
+    size = v.detach().abs().amax(dim=1, keepdim=True)
+    large = size > torch.finfo(size.dtype).tiny
+    scaled = torch.where(large, v, 0.0) / torch.where(large, size, 1.0)
+    return scaled / torch.where(large, scaled.norm(dim=1, keepdim=True), 1.0)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from blokern import ops
-from blokern.bilevel.adversarial import AdversarialRule, AdversarialSettings, cross_entropy_sum
+from blokern.bilevel.adversarial import AdversarialRule, cross_entropy_sum
+from blokern.bilevel.adversarial_settings import AdversarialSettings
 from blokern.bilevel.step import StepResult
 
 __all__ = ["FastBAT", "FastBATSettings"]
@@ -20,16 +21,25 @@ class FastBATSettings(AdversarialSettings):
     """`AdversarialSettings` of `FastBAT`; step_size, the paper's 1/λ of the attack and called a below, is
     5000/255 for eps <= 8/255 and 2000/255 above by default.
 
+    These are for a range of 1. A step along the gradient itself scales with the square of the images' range, and so the
+    defaults do: for images in [0, 255], 255² times that, and λ / 255².
+
     Args:
         attack_steps: closed-form steps, of which the last gives δ*.
-        lam: λ of the implicit term; 0 stands for 1/a, the exact implicit gradient; inf switches the term off.
+        lam: λ of the implicit term; None becomes 10 over the square of the range; 0 stands for 1/a, the exact implicit
+            gradient; inf switches the term off.
     """
 
     attack_steps: int = 2
-    lam: float = 10.0
+    lam: float = None  # type: ignore[assignment]  # a float once it is made
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._default("lam", 10.0 / self.span**2)
 
     def _default_step_size(self) -> float:
-        return 5000 / 255 if self.eps <= 8 / 255 else 2000 / 255
+        small = self.eps / self.span <= 8 / 255 * (1 + 1e-9)  # whatever the rounding of a range
+        return (5000 if small else 2000) / 255 * self.span**2
 
     @property
     def implicit_lam(self) -> float:
@@ -81,7 +91,7 @@ class FastBAT(AdversarialRule[FastBATSettings]):
     def _closed_form(self, z: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """P(z − a grad), and where P is inactive."""
         settings = self.settings
-        return ops.fast_bat_step(z, x, grad, settings.attack_step_size, settings.eps, **self._box)
+        return ops.fast_bat_step(z, x, grad, settings.attack_step_size, settings.eps, **settings.box)
 
 
 def _attack_loss(logits: Tensor, y: Tensor) -> Tensor:

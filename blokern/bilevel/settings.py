@@ -23,7 +23,10 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "eps": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
     "step_size": (lambda v: 0.0 < v < math.inf, "a finite number > 0, or None for the method's default"),
     "attack_steps": (lambda v: isinstance(v, int) and v >= 1, "an integer >= 1"),
-    "lam": (lambda v: v >= 0.0, "a number >= 0 (0: 1/step_size; inf: no implicit term)"),
+    "lam": (
+        lambda v: v >= 0.0,
+        "a number >= 0 (0: 1/step_size; inf: no implicit term), or None for the paper's",
+    ),
     "penalty": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0, or None for the paper's"),
     "beta": (lambda v: 0.0 <= v < math.inf, "a finite number >= 0"),
     "clip_min": (math.isfinite, "a finite number"),

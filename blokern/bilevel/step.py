@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blokern.attack import checks
 from blokern.distributed import Processes
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "StepRule",
     "TwoBatchRule",
     "check_batch",
+    "check_optimizer",
     "check_types",
 ]
 
@@ -97,12 +99,19 @@ def check_types(**wanted: tuple[object, type]) -> None:
 
 
 def check_batch(x: Tensor, y: Tensor, of: str = "") -> None:
-    """Raises TypeError or ValueError unless x, y are a `Batch`; `of` begins the message."""
-    if x.dtype not in (torch.float32, torch.float64):
+    """Raises TypeError or ValueError unless x, y are a `Batch`; `of` begins the message. Reads no value."""
+    if isinstance(x, Tensor) and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{of}x must be torch.float32 or torch.float64, got {x.dtype}")
-    if y.dtype != torch.int64:
-        raise TypeError(f"{of}y must be class labels, torch.int64, got {y.dtype}")
-    if x.dim() < 2 or x.shape[0] == 0:
+    checks.check_batch(x, y, of)
+    if x.shape[0] == 0:
         raise ValueError(f"{of}x must be a batch, [N, ...] with N >= 1, got shape {tuple(x.shape)}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"{of}y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}")
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raises ValueError for an optimizer that holds none of the model's parameters: it would train another."""
+    own = {id(p) for p in model.parameters()}
+    if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "optimizer must hold parameters of the model, got one that holds none of them: was it made for another "
+            "model, or before the model was copied?"
+        )

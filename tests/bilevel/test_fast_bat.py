@@ -334,7 +334,6 @@ def test_default_step_sizes_and_lam() -> None:
     [
         ({"lam": -1.0}, ValueError, r"^lam must be a number >= 0 .*, got -1.0"),
         ({"lam": math.nan}, ValueError, r"^lam must be .*, got nan"),
-        ({"lam": None}, TypeError, r"^lam must be .*, got None"),
         ({"step_size": 0.0}, ValueError, r"^step_size must be a finite number > 0, .*, got 0.0"),
         ({"attack_steps": 0}, ValueError, r"^attack_steps must be an integer >= 1, got 0"),
         ({"attack_steps": 1.5}, ValueError, r"^attack_steps must be .*, got 1.5"),
