@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "blokern's ops as plain functions; blokern.ops is the documented face.";
   bind_attack<double>(m, "");
   bind_attack<const Tensor&>(m, "per_sample");
+  bind<int64_t, const Tensor&, const Tensor&>(m, "mask_fingerprint", "");
   m.attr("compiler") = "g++ " __VERSION__;
   m.attr("torch_version") = BLOKERN_TORCH_VERSION;
   m.attr("cpu_capabilities") = BLOKERN_CPU_CAPABILITIES;

@@ -51,6 +51,11 @@ constexpr const char* kMasks[] = {
     "transposed)"
     " -> (Tensor start, Tensor source, Tensor offset)",
     "count_words(Tensor words) -> Tensor",
+    // Of words on the host: what their content is known by, see ops/mask.py; and a weight's masked entries to
+    // zero, which no autograd graph may notice: whoever has saved the weight has seen zeros there.
+    "mask_check(Tensor words) -> int",
+    "mask_fingerprint(Tensor words, Tensor check) -> int",
+    "clear_masked_(Tensor(a!) weight, Tensor words) -> ()",
 };
 constexpr const char* kProducts[] = {
     "spmm(Tensor weight, Tensor x, Tensor? bias, " STREAMS ", bool dense_grad=False) -> Tensor",

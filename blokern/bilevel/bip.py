@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -22,6 +23,7 @@ from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
 from blokern.curvature import cg_solve, neumann_solve
 from blokern.distributed import Processes
 from blokern.distributed.processes import running_statistics
+from blokern.ops.masked_weight import masked_weight
 from blokern.sparse import SparseMask, sparsify
 
 __all__ = ["BiP", "BiPSettings", "ModelLoss", "cross_entropy"]
@@ -100,6 +102,9 @@ class BiP:
     of step 2 works for pruned weights. BatchNorm's running statistics move twice a step; its parameters and the biases
     learn at the lower level alone. Scores start as √(6 / fan_in) · |θ| / max|θ|, so give a trained model.
 
+    The model's weights are w, zeros where m is 0. `theta` has the pruned ones, which the optimizer's step moves with the
+    others, by momentum and weight decay, and which come back where the mask does.
+
     mode "released": the scores are θ itself, with the score gradient |θ| ⊙ g − (θ ⊙ g)² / γ and magnitudes ranked;
     that code also decays parameters whose gradient is zero once more, which is left out here.
 
@@ -153,16 +158,16 @@ class BiP:
         self._scores = (
             {} if settings.mode == "released" else {k: _initial_scores(w) for k, w in weights.items()}
         )
+        #: θ, by parameter name; of what m keeps, the model's weights are the ones that count.
+        self.theta = {name: w.clone() for name, w in weights.items()}
         buffered = settings.score_momentum > 0
         self._momentum = {name: torch.zeros_like(w) for name, w in weights.items() if buffered}
         sparsify(model, dict(zip(weights, self._select(), strict=True)))
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The scores by parameter name; in mode "released" the weights."""
-        if self.settings.mode == "paper":
-            return self._scores
-        return {name: layer.weight.detach() for name, layer in zip(self._names, self._layers(), strict=True)}
+        """The scores by parameter name; in mode "released" θ."""
+        return self._scores if self.settings.mode == "paper" else self.theta
 
     def step(self, lower: Batch, upper: Batch) -> StepResult:
         """Updates weights on the one batch, scores and masks on the other.
@@ -179,7 +184,8 @@ class BiP:
             loss, logits = self._loss(self.model, lower[0].detach(), lower[1])
             torch.autograd.backward(loss)
             self.processes.average_gradients(self.model)
-            self.optimizer.step()
+            with self._whole_weights():
+                self.optimizer.step()
             upper = upper[0].detach(), upper[1]
             upper_loss, grads = self._dense_gradients(*upper)
             metrics = {"upper_loss": upper_loss}
@@ -191,14 +197,14 @@ class BiP:
         return StepResult(loss.detach(), logits.detach(), metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores and their momentum, by parameter name; masks and weights are in the model's."""
-        return {"scores": dict(self._scores), "momentum": dict(self._momentum)}
+        """The scores, their momentum and θ, by parameter name; masks and what they keep are in the model's."""
+        return {"scores": dict(self._scores), "momentum": dict(self._momentum), "theta": dict(self.theta)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave. Raises ValueError, and changes nothing, where layers or shapes differ."""
         ours = self.state_dict()
         for part, tensors in ours.items():
-            there = {name: tuple(t.shape) for name, t in state[part].items()}
+            there = {name: tuple(t.shape) for name, t in state.get(part, {}).items()}
             here = {name: tuple(t.shape) for name, t in tensors.items()}
             if there != here:
                 raise ValueError(f"state is of other layers: {part} of {there}, but the model has {here}")
@@ -214,12 +220,26 @@ class BiP:
     def _layers(self) -> list[MaskedLayer]:
         return [self.model.get_submodule(name.rpartition(".")[0]) for name in self._names]  # type: ignore[misc]
 
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Inside, the model's weights are θ: for the optimizer's step alone, as whoever reads them has to see w."""
+        layers = self._layers()
+        for layer, theta in zip(layers, self.theta.values(), strict=True):
+            weight = layer.stored_weight.data
+            torch.where(layer.mask.to_dense(), weight, theta, out=weight)
+        try:
+            yield
+        finally:
+            for layer, theta in zip(layers, self.theta.values(), strict=True):
+                theta.copy_(layer.stored_weight.detach())
+                layer.clear_weight()
+
     def _dense_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss and g = ∇_w ℓ of each layer."""
         layers = self._layers()
         with dense_grad(layers):
             loss, _ = self._loss(self.model, x, y)
-            weights = [layer.weight for layer in layers]
+            weights = [layer.stored_weight for layer in layers]
             grads = [*torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)]
         self.processes.average_([*grads, *running_statistics(self.model)])
         return loss.detach(), grads
@@ -229,9 +249,8 @@ class BiP:
         if self.settings.mode == "released":
             ops.bip_released_step_(scores, grads, **rates)
         else:
-            layers = self._layers()
-            weights, masks = [layer.weight.detach() for layer in layers], [layer.mask for layer in layers]
-            ops.bip_score_step_(scores, weights, grads, masks, **rates)
+            masks = [layer.mask for layer in self._layers()]
+            ops.bip_score_step_(scores, [*self.theta.values()], grads, masks, **rates)
 
     def _exact_score_step(self, upper: Batch, grads: list[Tensor]) -> Tensor:
         """Returns the linear system's relative residual."""
@@ -246,6 +265,7 @@ class BiP:
             self._loss,
             upper,
             by_name,
+            theta=self.theta,
             gamma=settings.implicit_gamma,
             solve=solve,
             average_=self.processes.average_,
@@ -269,10 +289,11 @@ class BiP:
     def _refresh_masks(self) -> Tensor:
         """Masks of the new scores; returns the share of the bits that changed."""
         changed, total = torch.zeros((), dtype=torch.int64), 0
-        for layer, bits in zip(self._layers(), self._select(), strict=True):
+        for layer, bits, theta in zip(self._layers(), self._select(), self.theta.values(), strict=True):
             new = SparseMask(bits)
             changed, total = changed + layer.mask.differing(new), total + bits.numel()
             layer.mask.update_(new)
+            layer.stored_weight.data.copy_(masked_weight(theta, layer.mask))
         return changed / total
 
     def _select(self) -> list[Tensor]:

@@ -27,13 +27,14 @@ def implicit_gradient(
     batch: Batch,
     grads: Mapping[str, Tensor],
     *,
+    theta: Mapping[str, Tensor] | None = None,
     gamma: float,
     solve: Solver,
     average_: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """θ ⊙ (g − H q) − g ⊙ q with q = (M H M + γ I)⁻¹ (m ⊙ g), and the system's relative residual, a scalar.
 
-    grads: g by the names of masked weights, dense; H is ∇²_w ℓ of the batch. The solver's products with H and one more.
+    grads: g by the names of masked weights, dense; theta: θ, None for no pruned weights but zeros; H is ∇²_w ℓ of the batch. The solver's products with H and one more.
     average_: of each product over the processes that have a part of the batch, in place.
 
     Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, before H is taken for zero.
@@ -52,7 +53,8 @@ def implicit_gradient(
         product = _Averaged(hessian, average_) @ solution.x
     along = {}
     for name, g in grads.items():
-        weight, q, h_q = layers[name].weight.detach(), solution.x[_inner(name)], product[_inner(name)]
+        q, h_q = solution.x[_inner(name)], product[_inner(name)]
+        weight = layers[name].stored_weight.detach() if theta is None else theta[name]
         along[name] = weight * (g - h_q) - g * q
     return along, solution.residual
 

@@ -102,7 +102,9 @@ class DoubleBackward:
             for output, grad in zip(self._outputs, self._by_outputs(), strict=True):
                 if output.like.dim() or grad is None:
                     continue
-                if not grad.requires_grad or all(t is None for t in _grad([grad], edges, [torch.ones_like(grad)])):
+                if not grad.requires_grad or all(
+                    t is None for t in _grad([grad], edges, [torch.ones_like(grad)])
+                ):
                     return True
         return False
 
@@ -240,7 +242,9 @@ def _products(of: Sequence[Maybe], by: Sequence[Place], along: Sequence[Maybe], 
         return [None] * len(by)
 
     def product(*each: Tensor) -> tuple[Maybe, ...]:
-        return _grad([t for t, _ in pairs], by, [a.to(t.dtype) for (t, _), a in zip(pairs, each, strict=True)])
+        return _grad(
+            [t for t, _ in pairs], by, [a.to(t.dtype) for (t, _), a in zip(pairs, each, strict=True)]
+        )
 
     return _each(product, [a for _, a in pairs], stack)
 

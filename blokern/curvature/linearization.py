@@ -140,7 +140,9 @@ class Linearization:
 
     def _kept(self, name: str) -> TapeProducts | DoubleBackward:
         if self._products is None:
-            raise RuntimeError(f"{name}: {self._freed_by} has freed what the forward pass left: linearize again")
+            raise RuntimeError(
+                f"{name}: {self._freed_by} has freed what the forward pass left: linearize again"
+            )
         return self._products
 
     def _run(self, sweep: Callable[[], Any]) -> Any:
@@ -266,9 +268,7 @@ def record(
     else:
         _warn_once(recorder.refusal)
         products = DoubleBackward(loss, outputs, parameters, at if input_gradient else None)
-    return Linearization(
-        products, loss.detach(), parameters, at.detach() if input_gradient else None, opaque
-    )
+    return Linearization(products, loss.detach(), parameters, at.detach() if input_gradient else None, opaque)
 
 
 def _check_parameters(parameters: Mapping[str, Tensor]) -> None:

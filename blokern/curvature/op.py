@@ -9,7 +9,20 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Maybe", "Meta", "Op", "Rule", "Single", "add", "fit", "held", "restored", "spread", "wide"]
+__all__ = [
+    "Call",
+    "Maybe",
+    "Meta",
+    "Op",
+    "Rule",
+    "Single",
+    "add",
+    "fit",
+    "held",
+    "restored",
+    "spread",
+    "wide",
+]
 
 #: A tensor, or None for one that is zero by structure: no work is done for those.
 Maybe: TypeAlias = Tensor | None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blokern.ops.definitions import ConvolutionDefinition, dense_arguments, is_transformed, with_definition
 from blokern.ops.mask import SparseMask, as_mask, block_of, check_mask
+from blokern.ops.masked_weight import mark_masked
 
 __all__ = ["Geometry", "Plan", "conv2d_like", "kept_plan", "masked_conv2d", "plan_of"]
 
@@ -282,7 +283,9 @@ def _no_grads(plan: Plan) -> tuple[Any, ...]:
 
 def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, dense_grad: bool) -> Tensor:
     if not dense_grad:
-        return _weight_op(grad, x, *plan, weight.shape)
+        product = _weight_op(grad, x, *plan, weight.shape)
+        mark_masked(product, plan.words)
+        return product
     return _dense_weight_op(grad, x, plan.geometry, weight.shape, plan.numbers)
 
 

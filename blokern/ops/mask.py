@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask"]
+from blokern._backend import C
+
+__all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask", "check_of"]
 
 T = TypeVar("T")
+
+_NO_CHECK = torch.zeros((), dtype=torch.int64)
 
 # Entries of one row in one block of columns, at least on average: fewer, and a block's partial sums cost more than
 # the block's stay in the first-level cache saves.
@@ -39,6 +43,10 @@ class SparseMask:
     The truth is one bit an entry, `words`; what the kernels walk is made from it when first asked for, and kept until
     the mask changes. Copies and pickles carry the bits alone.
 
+    Words may be written by anybody, `.data` and other processes included: `check`, a hash of them, goes wherever they
+    go, so that new bits are told from averaged or half-copied ones, which are refused with a ValueError at the next
+    use. On CUDA, where the host would have to wait for it, only writes that torch counts (`_version`) are seen.
+
     mask: bool, at least two-dimensional, fewer than 2³¹ entries. Raises TypeError or ValueError for others.
 
     >>> mask = SparseMask(torch.tensor([[True, False], [False, False]]))
@@ -46,19 +54,27 @@ class SparseMask:
     (1, 0.25)
     """
 
+    #: A weak reference to what is called with the mask before and after `update_` changes its bits.
+    on_change: Callable[[], Callable[[SparseMask], None] | None] | None = None
+
     def __init__(self, mask: Tensor) -> None:
         _check(mask)
         mask = _plain(mask, "mask")
         self.shape = mask.shape
         #: int64 [rows, ⌈cols / 64⌉]; column c is bit c % 64 of word c // 64.
         self.words: Tensor = self._packed(mask)
-        self._forget()
+        self._begin()
 
     @classmethod
-    def of_words(cls, words: Tensor, shape: torch.Size) -> SparseMask:
-        """The mask of this shape whose `words` these are; they are shared, not copied."""
+    def of_words(cls, words: Tensor, shape: torch.Size, check: Tensor | None = None) -> SparseMask:
+        """The mask of this shape whose `words` and `check` these are; they are shared, not copied.
+
+        check: None for words that come without one, which are taken as they are. Raises ValueError for words of another
+        shape.
+        """
         mask = cls.__new__(cls)
-        mask.__setstate__({"shape": shape, "words": _plain(words, "words")})
+        mask.shape, mask.words = shape, _plain(words, "words")
+        mask._begin(check)
         wanted = (mask.rows, (mask.cols + 63) // 64)
         if words.dtype != torch.int64 or words.shape != wanted:
             raise ValueError(
@@ -70,9 +86,16 @@ class SparseMask:
     def update_(self, mask: Tensor | SparseMask) -> SparseMask:
         """Take the bits of `mask`, of the same shape. Where they are the same, what was made of them stays good."""
         new = self._like(mask)
-        if not torch.equal(new.words, self.words):
+        if self._is_damaged() or not torch.equal(new.words, self.words):
+            changing = None if self.on_change is None else self.on_change()
+            if changing is not None and not self._is_damaged():
+                changing(self)
             self.words.copy_(new.words)
-            self._forget()
+            if self._check is not None:
+                self._check.copy_(new.check)
+            self._begin(self._check)
+            if changing is not None:
+                changing(self)
         return self
 
     def differing(self, mask: Tensor | SparseMask) -> Tensor:
@@ -95,14 +118,60 @@ class SparseMask:
             words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
         return words
 
-    def _forget(self) -> None:
+    def _begin(self, check: Tensor | None = None) -> None:
+        self._check = check
+        self._trusted: int | None = None  # what the check was when the words fitted it
+        self._seen: Hashable = None  # the content that the cache is of
         self._cache: dict[Hashable, Any] = {}
-        self._cached_version = self.version
+
+    @property
+    def check(self) -> Tensor:
+        """int64 [], a hash of `words`, to be kept with them."""
+        if self._check is None:
+            self._check = check_of(self.words)
+        return self._check
 
     @property
     def version(self) -> int:
-        """Grows with every change of the bits, by whomever: a state_dict that is loaded changes `words` too."""
-        return self.words._version
+        """Grows with every change of the bits that torch counts: a state_dict that is loaded changes `words` too."""
+        return 0 if self.words.is_inference() else self.words._version
+
+    def _state(self) -> Hashable:
+        """Another value whenever the bits have changed."""
+        if self.words.is_cpu:
+            return self.version, C.mask_fingerprint(
+                self.words, _NO_CHECK if self._check is None else self._check
+            )
+        return self.version
+
+    def valid(self) -> SparseMask:
+        """The mask itself, with nothing kept of bits that it had. Raises ValueError if they are damaged."""
+        state = self._state()
+        if state != self._seen:
+            self._renew(state)
+        return self
+
+    def _renew(self, state: Hashable) -> None:
+        if self._check is not None and not self.words.is_meta:
+            truth, stored = _hash(self.words), int(self._check)
+            if stored not in (truth, self._trusted):
+                raise ValueError(
+                    f"mask of a weight {list(self.shape)}: its bits have been averaged, or overwritten in part, or were "
+                    "never loaded. Average parameters alone (AveragedModel with use_buffers=False) or copy buffers "
+                    "that are no floats as they are; give the layer its mask anew by mask.update_ or load_state_dict"
+                )
+            if stored != truth:  # the words alone were written, by whoever knows no check
+                self._check.data.fill_(truth)
+                state = self._state()
+            self._trusted = truth
+        self._cache, self._seen = {}, state
+
+    def _is_damaged(self) -> bool:
+        try:
+            self.valid()
+        except ValueError:
+            return True
+        return False
 
     @property
     def rows(self) -> int:
@@ -128,14 +197,14 @@ class SparseMask:
 
     def to_dense(self) -> Tensor:
         """The mask as bool, in its shape."""
+        if not torch.compiler.is_compiling():
+            self.valid()
         dense: Tensor = torch.ops.blokern.words_mask(self.words, self.cols)
         return dense.view(self.shape)
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when it was first asked for under this key, since the bits last changed."""
-        if self._cached_version != self.version:
-            self._forget()
-        cache = self._cache  # another thread may begin a new one
+        cache = self.valid()._cache  # another thread may begin a new one
         if key not in cache:
             with _own_level():
                 cache[key] = make()
@@ -161,11 +230,11 @@ class SparseMask:
         return self.cached(("stream", transposed), make)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shape": self.shape, "words": self.words}
+        return {"shape": self.shape, "words": self.words, "check": self._check}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.shape, self.words = state["shape"], state["words"]
+        self._begin(state.get("check"))
 
     def __eq__(self, other: object) -> bool:
         """Whether the same entries are kept."""
@@ -205,6 +274,23 @@ def _check(mask: Tensor) -> None:
         raise ValueError(f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}")
     if mask.numel() >= 2**31:
         raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
+
+
+def check_of(words: Tensor) -> Tensor:
+    """The `check` of a mask's words, on their device.
+
+    >>> check_of(torch.zeros(2, 1, dtype=torch.int64)).shape
+    torch.Size([])
+    """
+    with torch.inference_mode(False):
+        if words.is_meta:
+            return torch.zeros((), dtype=torch.int64, device="meta")
+        return torch.tensor(_hash(words), dtype=torch.int64, device=words.device)
+
+
+def _hash(words: Tensor) -> int:
+    value: int = torch.ops.blokern.mask_check(words.detach().cpu().contiguous())
+    return value
 
 
 def block_of(cols: int, density: float) -> int:

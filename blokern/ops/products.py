@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blokern.ops.definitions import is_transformed, sddmm_definition, spmm_definition, with_definition
 from blokern.ops.mask import SparseMask, as_mask, check_mask
+from blokern.ops.masked_weight import mark_masked
 
 __all__ = ["masked_linear", "sddmm", "spmm", "spmm_like"]
 
@@ -134,6 +135,8 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     by_weight = None
     if needs_weight:
         by_weight = grad @ x.t() if ctx.dense_grad else _sddmm_op(grad, x, *streams)
+        if not ctx.dense_grad:
+            mark_masked(by_weight, streams[3])
     turned = (*_turned(streams), ctx.dense_grad)
     return (
         by_weight,

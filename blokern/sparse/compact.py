@@ -230,6 +230,8 @@ class _Layer:
 
     def finish(self, module: Any) -> None:
         """Let the module's copy know the sizes of its tensors."""
+        if self.new_mask is not None:
+            give_mask(module, self.new_mask)
         if self.new_bias is not None:
             module.bias = self.new_bias
         if type(module) in _NORMS:
@@ -239,10 +241,8 @@ class _Layer:
         else:
             module.groups = 1 if module.groups == 1 else self.count
             module.out_channels, module.in_channels = self.count, module.weight.shape[1] * module.groups
-        if self.new_mask is not None:
-            give_mask(module, self.new_mask)
-            if self.new_mask.kept == module.weight.numel():
-                drop_mask(module)
+        if self.new_mask is not None and self.new_mask.kept == module.weight.numel():
+            drop_mask(module)
 
 
 def _places(live: Tensor, device: torch.device) -> Tensor | None:

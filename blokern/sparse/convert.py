@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from blokern.ops.mask import SparseMask, as_mask, check_mask
-from blokern.sparse.modules import drop_mask, masks_of, sparsify
+from blokern.sparse.layers import Masked
+from blokern.sparse.maskable import parameter_owners, why_layer_not_maskable, why_shared
+from blokern.sparse.modules import check_droppable, drop_mask, masks_of, sparsify
 
 __all__ = ["from_csr", "from_torch_prune", "to_csr", "to_torch_prune"]
 
@@ -19,15 +21,16 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def from_torch_prune(model: ModelT) -> ModelT:
     """Make masked layers of what torch.nn.utils.prune has pruned, in place; the outputs stay.
 
-    A layer's weight_orig becomes its weight again, the same parameter with the same values, and its weight_mask the
+    A layer's weight_orig becomes its weight again, the same parameter, zero where its weight_mask was, which becomes the
     mask. Returns the model. Raises ValueError, before anything is changed, if something else is pruned than the weight
-    of an nn.Linear or nn.Conv2d, or a mask is not of zeros and ones; and as :func:`sparsify`.
+    of an nn.Linear or nn.Conv2d that :func:`sparsify` takes, or a mask is not of zeros and ones.
 
     >>> layer = prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5)
     >>> from_torch_prune(nn.Sequential(layer))[0].mask.kept
     16
     """
     masks: dict[str, Tensor] = {}
+    owners = parameter_owners(model)
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             if not isinstance(hook, prune.BasePruningMethod):
@@ -38,35 +41,35 @@ def from_torch_prune(model: ModelT) -> ModelT:
                 raise ValueError(
                     f"model: {name!r} is pruned, and must be the weight of an nn.Linear or nn.Conv2d"
                 )
+            original = module.get_parameter("weight_orig")
+            reason = why_layer_not_maskable(module, original) or why_shared(owners[id(original)])
+            if reason is not None:
+                raise ValueError(f"model: {name!r} is pruned, and {reason}")
             mask = module.get_buffer("weight_mask")
             masks[name] = mask != 0
             if not torch.equal(mask, masks[name].to(mask.dtype)):
                 raise ValueError(f"model: the mask of {name!r} must be of zeros and ones")
     for name in masks:
         module = model.get_submodule(name.rpartition(".")[0])
-        values = module.get_parameter("weight_orig").detach().clone()
         prune.remove(module, "weight")  # type: ignore[no-untyped-call]  # zeroes what is pruned
-        with torch.no_grad():
-            module.get_parameter("weight").copy_(values)
     return sparsify(model, masks)
 
 
 def to_torch_prune(model: ModelT) -> ModelT:
     """The reverse of :func:`from_torch_prune`: dense layers with the hooks of torch.nn.utils.prune, in place.
 
-    Returns the model.
+    Returns the model. Raises as :func:`to_dense`, before anything is changed.
 
     >>> model = to_torch_prune(sparsify(nn.Sequential(nn.Linear(8, 4)), {"0.weight": torch.rand(4, 8) < 0.5}))
     >>> prune.is_pruned(model)
     True
     """
+    check_droppable(model)
     for name, mask in masks_of(model).items():
         module = model.get_submodule(name.rpartition(".")[0])
-        weight = module.get_parameter("weight")
-        values, kept = weight.detach().clone(), mask.to_dense()
-        drop_mask(module)  # which zeroes what is pruned
-        with torch.no_grad():
-            weight.copy_(values)
+        assert isinstance(module, Masked)
+        kept = mask.to_dense()
+        drop_mask(module)
         prune.custom_from_mask(module, "weight", kept)  # type: ignore[no-untyped-call]
     return model
 

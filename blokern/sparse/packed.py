@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from blokern import ops
 from blokern.ops.mask import SparseMask
-from blokern.sparse.modules import MaskedLinear, drop_mask, under_autocast
+from blokern.sparse.layers import MaskedLinear, under_autocast
+from blokern.sparse.modules import check_droppable, drop_mask
 
 __all__ = ["PackedLinear", "pack"]
 
@@ -38,7 +39,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, mask: Tensor | SparseMask, bias: Tensor | None = None) -> None:
         super().__init__()
-        self._take(ops.pack_weight(weight, mask), None if bias is None else bias.detach().clone())
+        self._take(ops.pack_weight(_packable(weight), mask), None if bias is None else bias.detach().clone())
 
     def _take(self, packed: ops.PackedWeight, bias: Tensor | None) -> None:
         self.block, self.out_features, self.in_features = packed.block, packed.rows, packed.cols
@@ -54,6 +55,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x, bias = under_autocast(input, self.bias)
+        if x.dtype == torch.float16:  # no kernels: in float32
+            bias = None if bias is None else bias.float()
+            return ops.packed_linear(x.float(), self.weight, bias).half()
         return ops.packed_linear(x, self.weight, bias)
 
     def extra_repr(self) -> str:
@@ -76,6 +80,7 @@ def pack(model: ModelT, max_density: float = 0.2) -> ModelT:
       (0): PackedLinear(in_features=8, out_features=4, density=0)
     )
     """
+    check_droppable(model)
     for module in model.modules():
         if type(module) is MaskedLinear:
             if module.mask.density <= max_density:
@@ -100,8 +105,12 @@ def _suits_tensor_cores(weight: Tensor, mask: SparseMask) -> bool:
     )
 
 
+def _packable(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype == torch.float16 else weight
+
+
 def _pack_layer(module: Any) -> None:
-    packed = ops.pack_weight(module.weight, module.mask)
+    packed = ops.pack_weight(_packable(module.weight), module.mask)
     bias = None if module.bias is None else module.bias.detach()
     drop_mask(module)
     del module.weight, module.bias

@@ -40,6 +40,7 @@ def test_what_torch_has_pruned_becomes_masked_layers_and_goes_back():
     found = masks_of(model)
     assert found.keys() == masks.keys()
     assert all(torch.equal(found[name].to_dense(), mask) for name, mask in masks.items())
+    values = [value * masks[f"{i}.weight"] for i, value in zip((0, 3), values, strict=True)]
     assert all(torch.equal(model[i].weight, value) for i, value in zip((0, 3), values, strict=True))
     torch.testing.assert_close(model(x), expected)
 

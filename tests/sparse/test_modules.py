@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_state_dict_has_the_mask_and_brings_it_back() -> None:
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     second(x)  # makes the other masks' forms, which must not outlive them
     added = first.state_dict().keys() - plain
-    assert added == {name.replace(".weight", ".mask_words") for name in masks}
+    assert added == {name.replace(".weight", f".mask_{part}") for name in masks for part in ("words", "check")}
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(second.eval()(x), first.eval()(x))
     assert masks_of(second) == masks_of(first)
@@ -219,20 +220,29 @@ def test_under_autocast_as_their_dense_twins(memory_format: torch.memory_format)
         torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
-def test_under_float16_autocast_in_float32() -> None:
-    layer, x = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.5), torch.randn(2, 8)
+@pytest.mark.parametrize("make", [lambda **k: MaskedLinear(6, 4, **k), lambda **k: MaskedConv2d(6, 4, 2, **k)])
+def test_float16_as_their_dense_twins(make: Callable[..., nn.Module]) -> None:
+    mask = torch.rand_like(make().weight) < 0.5
+    layer, x = make(mask=mask), torch.randn(2, 6, 6, 6)
+    twin = to_dense(copy.deepcopy(layer))
     with torch.autocast("cpu", torch.float16):
-        assert layer(x).dtype == torch.float32
-        assert layer(x.half()).dtype == torch.float32
-        assert layer.double()(x.double()).dtype == torch.float64
+        got, want = layer(x), twin(x)
+    assert got.dtype == torch.float16
+    assert torch.equal(got, want)
+    for net in (layer.half(), twin.half()):
+        net(x.half()).float().square().sum().backward()
+    assert torch.equal(layer(x.half()), twin(x.half()))
+    assert torch.equal(layer.weight.grad, twin.weight.grad * mask)
+    assert layer.double()(x.double()).dtype == torch.float64
 
 
 @torch.no_grad()
-def test_a_packed_layer_under_autocast() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_packed_layer_under_autocast(dtype: torch.dtype) -> None:
     layer, x = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.5), torch.randn(2, 8)
     want = layer(x)
     pack(layer, max_density=1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         got = layer(x)
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02)

@@ -187,9 +187,7 @@ _UNARY: dict[Any, Rule] = {
     **dict.fromkeys(
         (aten.frac.default, aten.fmod.Scalar, aten.remainder.Scalar), _by_input(lambda v, a, *by: v, None)
     ),
-    aten.nan_to_num.default: _by_input(
-        lambda v, a, *to, **by_name: torch.where(a.isfinite(), v, 0.0), None
-    ),
+    aten.nan_to_num.default: _by_input(lambda v, a, *to, **by_name: torch.where(a.isfinite(), v, 0.0), None),
     aten.neg.default: _by_input(lambda v, a: -v, None),
     aten.relu.default: _by_output(lambda v, y: aten.threshold_backward(v, y, 0), None),
     aten.threshold.default: _by_input(lambda v, a, at, to: aten.threshold_backward(v, a, at), None),
