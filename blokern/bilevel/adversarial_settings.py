@@ -58,7 +58,8 @@ class AdversarialSettings(PlainSettings, ABC):
 
     Args:
         eps: radius of the perturbation, in the images' units; None becomes 8/255 of their range.
-        step_size: of the attack; None is the method's default for this eps, see `attack_step_size`.
+        step_size: step of the training attack, in the images' units; None is the method's default for this eps, see
+            `attack_step_size`.
         clip_min: least value of an image.
         clip_max: greatest value of an image.
         precision: fp32, or bf16 for forwards under bfloat16 autocast.

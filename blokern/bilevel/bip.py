@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blokern import ops
 from blokern._names import unknown_name
-from blokern.bilevel.implicit import MaskedLayer, ModelLoss, Solver, dense_grad, implicit_gradient
-from blokern.bilevel.masking import PruningSettings, prunable, select
+from blokern.bilevel.implicit import MaskedLayer, Solver, dense_grad, implicit_gradient
+from blokern.bilevel.loss import ModelLoss, as_batch, cross_entropy, map_tensors, tensors_in
+from blokern.bilevel.masking import PruningSettings, dense_twin, prunable, select, whole_layers
 from blokern.bilevel.settings import Precision, autocast, check_numbers, check_precision
-from blokern.bilevel.step import Batch, StepResult, check_batch, check_types
+from blokern.bilevel.step import StepResult, check_types
 from blokern.curvature import cg_solve, neumann_solve
 from blokern.distributed import Processes
 from blokern.distributed.processes import running_statistics
@@ -42,12 +42,12 @@ class BiPSettings(PruningSettings):
             1, or 10⁴ in mode "released", whose code calls 1/γ lr2.
         score_lr: learning rate of the scores at first; the paper's is a tenth of it from 50 % of the run on, a
             hundredth from 75 % on.
-        score_momentum, score_weight_decay: of SGD on the scores.
+        score_momentum, score_weight_decay: momentum and weight decay of SGD on the scores.
         implicit: of the lower level's derivative by the mask, (M H M + γ I)⁻¹ with the Hessian H = ∇²_w ℓ: "bilinear"
             takes H for zero, as the paper does, and needs no product with it; "cg" and "neumann" solve the system,
             "neumann" by a series that wants implicit_scale below 2 / (γ + H's largest eigenvalue).
         implicit_steps: products with H a step, at most.
-        implicit_scale: of the series.
+        implicit_scale: scale of the series.
         precision: fp32, or bf16 for forwards under bfloat16 autocast.
     """
 
@@ -80,15 +80,6 @@ class BiPSettings(PruningSettings):
         return self.gamma
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy, and the logits.
-
-    >>> loss, logits = cross_entropy(model, x, y)
-    """
-    logits = model(x)
-    return F.cross_entropy(logits, y), logits
-
-
 class BiP:
     """Bi-level pruning: weights θ (lower level) and scores s (upper level) learn in turn, each step on its own batch.
 
@@ -117,7 +108,9 @@ class BiP:
     Of several `processes`, each gives its part of both batches; gradients, g and products with H are averaged, so that
     weights, scores and masks are the same everywhere, and those of one process that has the whole batches.
 
-    loss_fn: the loss of both levels; attack x in it to prune a robust network. metrics: "upper_loss", and "changed",
+    loss_fn: the loss of both levels, see :mod:`blokern.bilevel.loss`; attack x in it to prune a robust network.
+    example: x of a batch, by which whole filters and channels find the network's outputs and inputs, as
+    :func:`blokern.bilevel.masking.whole_layers` does; None: made up. metrics: "upper_loss", and "changed",
     the share of the masks' bits that changed. Raises TypeError for an argument of another type, ValueError where no
     layer can be pruned, weights are shared between layers, or, in a step, scores are no longer finite.
 
@@ -136,6 +129,7 @@ class BiP:
         settings: BiPSettings,
         loss_fn: ModelLoss = cross_entropy,
         processes: Processes = Processes(),  # noqa: B008  # frozen
+        example: Any = None,
     ) -> None:
         check_types(
             model=(model, nn.Module),
@@ -151,9 +145,13 @@ class BiP:
         self.loss_fn = loss_fn
         #: The scores' learning rate, to be set by whoever has a schedule.
         self.score_lr = settings.score_lr
-        weights = {name: w.detach() for name, w in prunable(model).items() if w.requires_grad}
+        found = prunable(model, settings.exclude)
+        weights = {name: w.detach() for name, w in found.items() if w.requires_grad}
         if not weights:
             raise ValueError("model must have a layer to prune whose weight requires grad, got none")
+        self._whole: frozenset[str] = frozenset()
+        if settings.granularity in ("filter", "channel"):
+            self._whole = whole_layers(dense_twin(model), weights, settings, example)
         self._names = list(weights)
         self._scores = (
             {} if settings.mode == "released" else {k: _initial_scores(w) for k, w in weights.items()}
@@ -169,24 +167,19 @@ class BiP:
         """The scores by parameter name; in mode "released" θ."""
         return self._scores if self.settings.mode == "paper" else self.theta
 
-    def step(self, lower: Batch, upper: Batch) -> StepResult:
+    def step(self, lower: Any, upper: Any) -> StepResult:
         """Updates weights on the one batch, scores and masks on the other.
 
-        Each batch is (x, y), x [N, ...] float32 or float64, y [N] int64. Raises TypeError or ValueError for others.
+        Each batch is one of :mod:`blokern.bilevel.loss`. Raises TypeError or ValueError for others.
         """
-        for name, batch in (("lower", lower), ("upper", upper)):
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"{name} must be a batch (x, y), got {type(batch).__name__}")
-            check_types(**{f"{name} {part}": (t, Tensor) for part, t in zip("xy", batch, strict=True)})
-            check_batch(*batch, of=f"{name} ")
-        with torch.autocast(lower[0].device.type, enabled=False):
+        lower, upper = (_detached(as_batch(b, of)) for of, b in (("lower", lower), ("upper", upper)))
+        with torch.autocast(next(tensors_in(lower)).device.type, enabled=False):
             self.optimizer.zero_grad(set_to_none=True)
-            loss, logits = self._loss(self.model, lower[0].detach(), lower[1])
+            loss, logits = self._loss(self.model, *lower)
             torch.autograd.backward(loss)
             self.processes.average_gradients(self.model)
             with self._whole_weights():
                 self.optimizer.step()
-            upper = upper[0].detach(), upper[1]
             upper_loss, grads = self._dense_gradients(*upper)
             metrics = {"upper_loss": upper_loss}
             if self.settings.implicit == "bilinear":
@@ -212,8 +205,8 @@ class BiP:
             for name, tensor in tensors.items():
                 tensor.copy_(state[part][name])
 
-    def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(self.settings.precision, x):
+    def _loss(self, model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        with autocast(self.settings.precision, next(tensors_in(x))):
             loss, logits = self.loss_fn(model, x, y)
         return loss, logits if logits.dtype == torch.float64 else logits.float()
 
@@ -234,7 +227,7 @@ class BiP:
                 theta.copy_(layer.stored_weight.detach())
                 layer.clear_weight()
 
-    def _dense_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _dense_gradients(self, x: Any, y: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and g = ∇_w ℓ of each layer."""
         layers = self._layers()
         with dense_grad(layers):
@@ -252,7 +245,7 @@ class BiP:
             masks = [layer.mask for layer in self._layers()]
             ops.bip_score_step_(scores, [*self.theta.values()], grads, masks, **rates)
 
-    def _exact_score_step(self, upper: Batch, grads: list[Tensor]) -> Tensor:
+    def _exact_score_step(self, upper: tuple[Any, Any], grads: list[Tensor]) -> Tensor:
         """Returns the linear system's relative residual."""
         settings, layers = self.settings, self._layers()
         if settings.implicit == "cg":
@@ -301,7 +294,12 @@ class BiP:
         scores = self.scores
         if self.settings.mode == "released":
             scores = {name: score.abs() for name, score in scores.items()}
-        return [*select(scores, self.settings).values()]
+        return [*select(scores, self.settings, self._whole).values()]
+
+
+def _detached(batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    x, y = batch
+    return map_tensors(x, Tensor.detach), y
 
 
 def _initial_scores(weight: Tensor) -> Tensor:

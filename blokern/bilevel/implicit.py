@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from blokern.bilevel.step import Batch
+from blokern.bilevel.loss import LossModule, ModelLoss
 from blokern.curvature import HessianOperator, Operator, Solution
 from blokern.sparse import MaskedConv2d, MaskedLinear
 
 __all__ = ["MaskedLayer", "ModelLoss", "Solver", "dense_grad", "implicit_gradient"]
 
-#: (model, x, y) → the loss, a scalar, and the logits [N, K] that it is of.
-ModelLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 MaskedLayer: TypeAlias = MaskedConv2d | MaskedLinear
 #: (A, b) → x with A x = b, such as cg_solve.
 Solver: TypeAlias = Callable[[Operator, Mapping[str, Tensor]], Solution]
@@ -24,7 +22,7 @@ Solver: TypeAlias = Callable[[Operator, Mapping[str, Tensor]], Solution]
 def implicit_gradient(
     model: nn.Module,
     loss_fn: ModelLoss,
-    batch: Batch,
+    batch: tuple[Any, Any],
     grads: Mapping[str, Tensor],
     *,
     theta: Mapping[str, Tensor] | None = None,
@@ -45,11 +43,11 @@ def implicit_gradient(
     names, data = [*map(_inner, grads)], [(batch, batch[1])]
     b = {_inner(name): grad * layers[name].mask.to_dense() for name, grad in grads.items()}
     # Of vectors within the masks, M H M is the Hessian that the masked weights have themselves, of sparse products.
-    system = HessianOperator(_Loss(model, loss_fn), _first, data, parameters=names, damping=gamma, keep=True)
+    system = HessianOperator(_OfBatch(model, loss_fn), _first, data, parameters=names, damping=gamma, keep=True)
     solution = solve(_Averaged(system, average_), b)
     del system  # with what it keeps of the forward pass
     with dense_grad(layers.values()):
-        hessian = HessianOperator(_Loss(model, loss_fn), _first, data, parameters=names)
+        hessian = HessianOperator(_OfBatch(model, loss_fn), _first, data, parameters=names)
         product = _Averaged(hessian, average_) @ solution.x
     along = {}
     for name, g in grads.items():
@@ -92,19 +90,15 @@ class _Averaged:
         return product
 
 
-class _Loss(nn.Module):
-    """A model with its loss, of a batch."""
+class _OfBatch(LossModule):
+    """Of a batch as one argument, which curvature's operators hand over."""
 
-    def __init__(self, model: nn.Module, loss_fn: ModelLoss) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss_fn(self.model, *batch)[0]
+    def forward(self, batch: tuple[Any, Any]) -> Tensor:  # type: ignore[override]
+        return super().forward(*batch)
 
 
 def _inner(name: str) -> str:
-    """A parameter's name in `_Loss`."""
+    """A parameter's name in `_OfBatch`."""
     return f"model.{name}"
 
 

@@ -1,29 +1,59 @@
 """Pruning methods that BiP is measured against: a model and some batches in, masks out.
 
-Every method works on a copy: the model keeps its weights, buffers, gradients and modes. Weights that a model has pruned
-already count as zeros. Batches are pairs (x, y), x [N, ...] on the model's device and y [N] int64.
+Every method works on a copy: the model keeps its weights, buffers, gradients and modes. What a model has pruned already
+comes last in any ranking. Batches are those of :mod:`blokern.bilevel.loss`, on the model's device.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from itertools import count, takewhile
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from blokern.bilevel import schedule
-from blokern.bilevel.masking import PruningSettings, masks_from_scores, prunable, select
+from blokern.bilevel.loss import (
+    HALVES,
+    Criterion,
+    LossModule,
+    ModelLoss,
+    Widened,
+    call,
+    checked_batches,
+    cross_entropy,
+    first_of,
+    map_tensors,
+    samples,
+    tensors_in,
+    widened,
+)
+from blokern.bilevel.masking import (
+    PruningSettings,
+    dense_twin,
+    excluded,
+    masks_from_scores,
+    prunable,
+    select,
+    whole_layers,
+)
+from blokern.bilevel.pruning_settings import (
+    GraSPSettings,
+    HydraSettings,
+    IMPSettings,
+    OMPSettings,
+    RandomPruningSettings,
+    SNIPSettings,
+    SynFlowSettings,
+)
 from blokern.bilevel.step import check_types
 from blokern.distributed import Processes
-from blokern.sparse import SparseMask, to_dense
+from blokern.sparse import SparseMask, masks_of
 
 __all__ = [
     "IMP",
@@ -43,104 +73,10 @@ __all__ = [
     "SynFlowSettings",
 ]
 
-Pairs: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+Batches: TypeAlias = Iterable[Any]
+Weights: TypeAlias = Mapping[str, nn.Parameter]
+Whole: TypeAlias = Collection[str]
 Scores: TypeAlias = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OMPSettings(PruningSettings):
-    """`PruningSettings` of `OMP`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IMPSettings(PruningSettings):
-    """`PruningSettings` of `IMP`.
-
-    Args:
-        rate: part of the remaining weights that a round prunes.
-        rewind_epoch: epoch of the dense training whose weights each round starts from again; 0 is the initialisation.
-    """
-
-    rate: float = 0.2
-    rewind_epoch: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.rate < 1.0:
-            raise ValueError(f"rate must be in (0, 1), got {self.rate}")
-        _check_count(self, "rewind_epoch", 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SNIPSettings(PruningSettings):
-    """`PruningSettings` of `SNIP`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraSPSettings(PruningSettings):
-    """`PruningSettings` of `GraSP`.
-
-    Args:
-        temperature: what the logits are divided by.
-    """
-
-    temperature: float = 200.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, "temperature")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynFlowSettings(PruningSettings):
-    """`PruningSettings` of `SynFlow`.
-
-    Args:
-        rounds: how often weights are scored and pruned, to densities density^(i / rounds).
-    """
-
-    rounds: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self, "rounds", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HydraSettings(PruningSettings):
-    """`PruningSettings` of `Hydra`.
-
-    Args:
-        score_epochs: passes over the batches that train the scores.
-        score_lr: peak learning rate of the scores; it falls to 0 along a cosine.
-        score_momentum: of the scores' SGD.
-    """
-
-    score_epochs: int = 20
-    score_lr: float = 0.1
-    score_momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self, "score_epochs", 1)
-        _check_positive(self, "score_lr")
-        if not 0.0 <= self.score_momentum < 1.0:
-            raise ValueError(f"score_momentum must be in [0, 1), got {self.score_momentum}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomPruningSettings(PruningSettings):
-    """`PruningSettings` of `RandomPruning`.
-
-    Args:
-        seed: of the scores.
-    """
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self, "seed", 0)
 
 
 SettingsT = TypeVar("SettingsT", bound=PruningSettings)
@@ -150,56 +86,86 @@ class Pruner(ABC, Generic[SettingsT]):
     """A method that scores a model's weights, of which the highest are kept.
 
     Of several `processes` that have the same model, each gives its own batches, as many as the others, and all get the
-    masks of the batches together.
+    masks of the batches together. loss_fn: (model, x, y) → the mean loss and the logits, such as
+    :func:`blokern.bilevel.loss.model_loss` makes of a loss of logits; the cross-entropy takes labels of samples, pixels
+    and tokens, and probabilities. Raises TypeError for settings of another method.
     """
 
     settings_type: ClassVar[type[PruningSettings]]
 
-    def __init__(self, settings: SettingsT, processes: Processes = Processes()) -> None:  # noqa: B008  # frozen
+    def __init__(
+        self,
+        settings: SettingsT,
+        processes: Processes = Processes(),  # noqa: B008  # frozen
+        loss_fn: ModelLoss = cross_entropy,
+    ) -> None:
         check_types(settings=(settings, self.settings_type), processes=(processes, Processes))
         self.settings = settings
         self.processes = processes
+        self.loss_fn = loss_fn
 
-    def masks(self, model: nn.Module, batches: Pairs = ()) -> dict[str, SparseMask]:
+    def masks(self, model: nn.Module, batches: Batches = ()) -> dict[str, SparseMask]:
         """A mask for each weight of :func:`blokern.bilevel.masking.prunable`, by parameter name.
 
-        Raises ValueError for a model without such weights or with tied ones, for scores that are not finite, and if
-        the method needs batches and iterating over them gives none.
+        Whole filters and channels ask for the network's outputs and inputs: it is run on the first batch, or, without
+        batches, on inputs made up to fit. Weights of half precision count in float32. Warns of weights that cannot be
+        masked. Raises ValueError for a model without others, for scores that are not finite, and if the method needs
+        batches and iterating over them gives none; TypeError or ValueError for a batch that is none.
         """
-        twin = to_dense(copy.deepcopy(model))
-        for weight in (weights := prunable(twin)).values():
-            weight.requires_grad_()
-        with torch.enable_grad():
-            scores = self._scores(twin, weights, batches)
-        return masks_from_scores(scores, self.settings)
+        settings, before = self.settings, masks_of(model)
+        left_out = sorted(excluded(model, settings.exclude))
+        example = None
+        if settings.granularity in ("filter", "channel"):
+            example, batches = first_of(batches)
+        # Outside of whatever surrounds the call, as scores must not depend on it.
+        with torch.inference_mode(False), torch.enable_grad():
+            twin = dense_twin(model)
+            if any(p.dtype in HALVES for p in twin.parameters()):
+                twin.float()
+                example, batches = map_tensors(example, widened), Widened(batches)
+            weights = prunable(twin, left_out)
+            for name, weight in weights.items():
+                if weight.is_meta:
+                    raise ValueError(f"model: {name!r} is on the meta device, without values; load them first")
+                weight.requires_grad_()
+            with torch.autocast(next(iter(weights.values())).device.type, enabled=False):
+                whole = whole_layers(twin, weights, settings, example)
+                scores = self._scores(twin, weights, batches, whole)
+        for name in scores.keys() & before.keys():
+            scores[name] = _pruned_last(scores[name], before[name].to_dense(), settings)
+        return masks_from_scores(scores, settings, whole)
 
     @abstractmethod
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
-        """The weights' scores; `model`, whose weights these are, is the method's to spoil."""
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
+        """The weights' scores; `model`, whose weights these are, is the method's to spoil. whole: layers that keep all
+        filters, or channels."""
 
     def _gradients(
         self,
         model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
-        batches: Pairs,
-        temperature: float = 1.0,
+        weights: Weights,
+        batches: Batches,
+        loss_fn: ModelLoss,
         along: Mapping[str, Tensor] | None = None,
     ) -> Scores:
-        """∂/∂weights of the mean cross-entropy over all batches; of its gradient's product with `along`, where
-        given."""
+        """∂/∂weights of the mean loss over all batches; of its gradient's product with `along`, where given."""
         leaves = list(weights.values())
         sums = [torch.zeros_like(leaf) for leaf in leaves]
-        samples = leaves[0].new_zeros((), dtype=torch.int64)
-        for x, y in _checked(batches):
-            loss = F.cross_entropy(model(x) / temperature, y, reduction="sum")
+        total = leaves[0].new_zeros((), dtype=torch.int64)
+        for x, y in checked_batches(batches):
+            size = samples(x)
+            loss, _ = loss_fn(model, x, y)
+            if not loss.requires_grad:
+                raise ValueError("loss_fn must give a loss that depends on the model's weights, got a constant")
             if along is not None:
-                first = torch.autograd.grad(loss, leaves, create_graph=True)
+                first = _gradient(loss, leaves, create_graph=True)
                 loss = torch.stack([(g * v).sum() for g, v in zip(first, along.values(), strict=True)]).sum()
-            for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
-                total += gradient
-            samples += len(y)
-        self.processes.sum_([*sums, samples])
-        return {name: total / samples for name, total in zip(weights, sums, strict=True)}
+            if loss.requires_grad:  # a gradient may be constant
+                for sum_, gradient in zip(sums, _gradient(loss, leaves), strict=True):
+                    sum_ += gradient * size
+            total += size
+        self.processes.sum_([*sums, total])
+        return {name: sum_ / total for name, sum_ in zip(weights, sums, strict=True)}
 
 
 class OMP(Pruner[OMPSettings]):
@@ -212,7 +178,7 @@ class OMP(Pruner[OMPSettings]):
 
     settings_type = OMPSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
         return {name: weight.detach().abs() for name, weight in weights.items()}
 
 
@@ -224,7 +190,7 @@ class RandomPruning(Pruner[RandomPruningSettings]):
 
     settings_type = RandomPruningSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
         generator = torch.Generator().manual_seed(self.settings.seed)
         # float64: among millions of float32 draws many are equal, and the lower index would win.
         return {
@@ -234,7 +200,7 @@ class RandomPruning(Pruner[RandomPruningSettings]):
 
 
 class SNIP(Pruner[SNIPSettings]):
-    """Connection sensitivity |θ ⊙ g|, g the gradient of the mean cross-entropy over all batches, in train mode.
+    """Connection sensitivity |θ ⊙ g|, g the gradient of the mean loss over all batches, in train mode.
 
     Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019; here at the
     weights as given, which the paper draws anew.
@@ -244,18 +210,19 @@ class SNIP(Pruner[SNIPSettings]):
 
     settings_type = SNIPSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
         model.train()
-        gradients = self._gradients(model, weights, batches)
+        gradients = self._gradients(model, weights, batches, self.loss_fn)
         return {name: (weight * gradients[name]).detach().abs() for name, weight in weights.items()}
 
 
 class GraSP(Pruner[GraSPSettings]):
     """Gradient signal preservation: prunes the weights of the highest −θ ⊙ Hg, in train mode.
 
-    g and H are gradient and Hessian of the mean cross-entropy over all batches, logits divided by the temperature;
-    −θ ⊙ Hg is to first order what pruning a weight changes ‖g‖² by, halved. Filters and channels rank by their sums.
-    Batches are iterated over twice.
+    g and H are gradient and Hessian of the mean loss over all batches, logits divided by the temperature; −θ ⊙ Hg is to
+    first order what pruning a weight changes ‖g‖² by, halved. Filters and channels rank by their sums. Batches are
+    iterated over twice. A `loss_fn` that is not of :func:`blokern.bilevel.loss.model_loss`, or a loss that the model
+    computes itself, needs temperature 1: ValueError.
 
     Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020; the
     temperature is the released code's.
@@ -265,16 +232,27 @@ class GraSP(Pruner[GraSPSettings]):
 
     settings_type = GraSPSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
         model.train()
-        temperature = self.settings.temperature
-        gradients = self._gradients(model, weights, batches, temperature)
-        products = self._gradients(model, weights, batches, temperature, along=gradients)
+        loss_fn = self._tempered()
+        gradients = self._gradients(model, weights, batches, loss_fn)
+        products = self._gradients(model, weights, batches, loss_fn, along=gradients)
         scores = {name: (weight * products[name]).detach() for name, weight in weights.items()}
         if self.settings.granularity in ("filter", "channel"):
             dim = 0 if self.settings.granularity == "filter" else 1
             return {name: _ranked_by_sum(score, dim) for name, score in scores.items()}
         return scores
+
+    def _tempered(self) -> ModelLoss:
+        temperature, loss_fn = self.settings.temperature, self.loss_fn
+        if isinstance(loss_fn, Criterion):
+            return replace(loss_fn, temperature=temperature)
+        if temperature != 1.0:
+            raise ValueError(
+                f"temperature must be 1 for a loss_fn that takes its own logits, got {temperature:g}: they cannot be "
+                "divided; give loss_fn=model_loss(criterion), or temperature=1"
+            )
+        return loss_fn
 
 
 class SynFlow(Pruner[SynFlowSettings]):
@@ -283,7 +261,10 @@ class SynFlow(Pruner[SynFlowSettings]):
     Pruned little by little, which keeps every layer alive; of the batches only the images' shape is used. In float64
     and eval mode. As in the released code all parameters and buffers are replaced by absolute values; BatchNorm's
     running means by zeros, their value at the initialisation where that code prunes: the flow must not become negative.
-    n:m patterns, which keep every layer alive anyway, are chosen in one round.
+    n:m patterns, which keep every layer alive anyway, are chosen in one round. Tokens stay, and nn.Embedding gives ones.
+
+    Raises ValueError where there is no such flow, as it is negative or not finite: what subtracts (LayerNorm,
+    GroupNorm) or exponentiates (attention) is not monotone in absolute values.
 
     Tanaka, Kunin, Yamins, Ganguli, "Pruning neural networks without any data by iteratively conserving synaptic flow",
     NeurIPS 2020, algorithm 1.
@@ -293,26 +274,31 @@ class SynFlow(Pruner[SynFlowSettings]):
 
     settings_type = SynFlowSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
-        x, _ = next(_checked(batches))
-        ones = torch.ones(1, *x.shape[1:], dtype=torch.float64, device=x.device)
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
+        x = map_tensors(next(checked_batches(batches))[0], _ones)
         model.double().eval()
         for tensor in model.state_dict().values():
-            tensor.abs_()
+            if tensor.is_floating_point():
+                tensor.abs_()
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.zero_()
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda module, args, output: torch.ones_like(output))
 
         settings = self.settings
         rounds = settings.rounds if settings.pattern is None else 1
         for i in range(1, rounds + 1):
-            flow = torch.autograd.grad(model(ones).sum(), list(weights.values()))
-            scores = {
-                name: (weight * g).detach().abs()
-                for (name, weight), g in zip(weights.items(), flow, strict=True)
-            }
+            outputs = [t for t in tensors_in(call(model, x)) if t.requires_grad]
+            if not outputs:
+                raise ValueError("model must have an output that depends on its weights, got none")
+            flow = _gradient(torch.stack([t.sum() for t in outputs]).sum(), [*weights.values()])
+            scores = {n: (w * g).detach() for (n, w), g in zip(weights.items(), flow, strict=True)}
+            for name, score in scores.items():
+                _check_flow(name, score)
+                score.abs_()
             if i < rounds:
-                kept = select(scores, replace(settings, density=settings.density ** (i / rounds)))
+                kept = select(scores, replace(settings, density=settings.density ** (i / rounds)), whole)
                 with torch.no_grad():
                     for name, weight in weights.items():
                         weight.mul_(kept[name])
@@ -333,9 +319,9 @@ class Hydra(Pruner[HydraSettings]):
 
     settings_type = HydraSettings
 
-    def _scores(self, model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Pairs) -> Scores:
+    def _scores(self, model: nn.Module, weights: Weights, batches: Batches, whole: Whole = ()) -> Scores:
         settings = self.settings
-        model.train().requires_grad_(False)
+        loss = LossModule(model.train().requires_grad_(False), self.loss_fn)
         scores = {name: scaled_magnitudes(weight).requires_grad_() for name, weight in weights.items()}
         optimizer = torch.optim.SGD(scores.values(), settings.score_lr, momentum=settings.score_momentum)
         for epoch in range(settings.score_epochs):
@@ -343,16 +329,16 @@ class Hydra(Pruner[HydraSettings]):
             optimizer.param_groups[0]["lr"] = schedule.learning_rate(
                 epoch, settings.score_epochs, peak=settings.score_lr, schedule="cosine"
             )
-            for x, y in _checked(batches):
+            for batch in checked_batches(batches):
                 sizes = {name: score.abs() for name, score in scores.items()}
-                kept = select(sizes, settings)
+                kept = select(sizes, settings, whole)
                 # In value the mask, in gradient the score.
                 masked = {
-                    name: weight * (kept[name] + (sizes[name] - sizes[name].detach()))
+                    f"model.{name}": weight * (kept[name] + (sizes[name] - sizes[name].detach()))
                     for name, weight in weights.items()
                 }
                 optimizer.zero_grad()
-                torch.autograd.backward(F.cross_entropy(functional_call(model, masked, (x,)), y))
+                torch.autograd.backward(functional_call(loss, masked, batch))
                 self.processes.average_(score.grad for score in scores.values() if score.grad is not None)
                 optimizer.step()
         return {name: score.detach().abs() for name, score in scores.items()}
@@ -391,10 +377,10 @@ class IMP:
         powers = (round((1.0 - settings.rate) ** n, 12) for n in count(1))
         return [*takewhile(lambda density: density > settings.density, powers), settings.density]
 
-    def masks(self, model: nn.Module, density: float) -> dict[str, SparseMask]:
-        """The largest of the weights that the trained model has left. Raises as :meth:`Pruner.masks`."""
-        words = {"scope": self.settings.scope, "granularity": self.settings.granularity}
-        return OMP(OMPSettings(density=density, **words)).masks(model)  # type: ignore[arg-type]
+    def masks(self, model: nn.Module, density: float, batches: Batches = ()) -> dict[str, SparseMask]:
+        """The largest of the weights that the trained model has left. batches, raises: as :meth:`Pruner.masks`."""
+        words = {field.name: getattr(self.settings, field.name) for field in fields(PruningSettings)}
+        return OMP(OMPSettings(**{**words, "density": density})).masks(model, batches)
 
 
 def scaled_magnitudes(weight: Tensor) -> Tensor:
@@ -409,12 +395,13 @@ def scaled_magnitudes(weight: Tensor) -> Tensor:
 
 
 def _ranked_by_sum(score: Tensor, dim: int) -> Tensor:
-    """Scores whose groups' L2 norms rank as the sums of the given ones, which have signs, do."""
-    sums = score.sum([d for d in range(score.dim()) if d != dim], keepdim=True)
-    return (sums - sums.min()).expand_as(score)
+    """Scores whose groups' L2 norms rank as the sums of the given ones, which have signs, do; all above 0."""
+    sums = score.double().sum([d for d in range(score.dim()) if d != dim], keepdim=True)
+    least, most = sums.min(), sums.max()
+    return (sums - least + (most - least)).expand_as(score)
 
 
-def _checked(batches: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, of which there must be one at least."""
     empty = True
     for x, y in batches:
@@ -428,15 +415,37 @@ def _checked(batches: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
         raise ValueError("batches must give at least one (x, y) whenever iterated over, got none")
 
 
-def _check_count(settings: PruningSettings, name: str, least: int) -> None:
-    value = getattr(settings, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def _pruned_last(score: Tensor, mask: Tensor, settings: PruningSettings) -> Tensor:
+    """The score, in which what the mask has pruned ranks last: single weights, or groups that it keeps nothing of."""
+    if settings.granularity not in ("filter", "channel"):
+        return score.where(mask, torch.finfo(score.dtype).min)
+    others = [d for d in range(score.dim()) if d != (0 if settings.granularity == "filter" else 1)]
+    return score.where(mask.sum(others, keepdim=True) > 0, 0.0)
 
 
-def _check_positive(settings: PruningSettings, name: str) -> None:
-    value = getattr(settings, name)
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+def _check_flow(name: str, flow: Tensor) -> None:
+    """Raises ValueError unless this may be a flow through a network of absolute values."""
+    if not bool(flow.isfinite().all()):
+        raise ValueError(
+            f"scores of {name!r} must be finite, got NaN or infinity: the flow through a network of absolute values, "
+            "in which exp and softmax overflow; try another method"
+        )
+    if flow.numel() and flow.min() < -1e-9 * flow.abs().max():
+        raise ValueError(
+            f"scores of {name!r} must be a synaptic flow, which is not negative, got {flow.min().item():.3g}: the "
+            "network is not monotone in absolute values, as LayerNorm, GroupNorm and attention are not; try another "
+            "method"
+        )
+
+
+def _gradient(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """∂loss/∂leaves, zeros where there is none."""
+    how = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+    return [*torch.autograd.grad(loss, leaves, **how)]  # type: ignore[arg-type]
+
+
+def _ones(x: Tensor) -> Tensor:
+    """Of one sample, ones where it is an image, in float64; tokens and masks as they are."""
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        return x[:1]
+    return torch.ones(1, *x.shape[1:], dtype=torch.float64, device=x.device)

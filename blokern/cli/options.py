@@ -6,8 +6,8 @@ import inspect
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, get_args, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
@@ -26,6 +26,7 @@ __all__ = [
     "TEST_LIMIT",
     "Densities",
     "Integers",
+    "Names",
     "Number",
     "Option",
     "Options",
@@ -87,6 +88,13 @@ class Densities(tuple[float, ...]):
         return super().__new__(cls, (float(Number(part)) for part in _parts(value)))
 
 
+class Names(tuple[str, ...]):
+    """Names; as text, separated by commas."""
+
+    def __new__(cls, value: Any) -> Names:
+        return super().__new__(cls, filter(None, map(str, _parts(value))))
+
+
 def _parts(value: Any) -> list[Any] | tuple[Any, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     return parts if isinstance(parts, list | tuple) else [parts]
@@ -96,6 +104,7 @@ register_type(Number, serializer=float)
 register_type(Integers, serializer=list)
 register_type(Shape, serializer=list)
 register_type(Densities, serializer=list)
+register_type(Names, serializer=list)
 
 
 @dataclass(frozen=True)
@@ -140,31 +149,6 @@ MACHINE_OPTIONS = (
     Option("threads", int, None, "CPU threads (default: torch's choice)"),
 )
 
-#: The methods' settings in words. clip_min and clip_max are no options: the images always lie in [0, 1].
-METHOD_HELP = {
-    "precision": "fp32, or bf16 for forward passes under bfloat16 autocast",
-    "step_size": "step of the training attack, in pixel units (default: the method's own for this eps)",
-    "attack_steps": "steps of the training attack",
-    "lam": "λ of the implicit term; 0 means 1 / step_size, inf switches the term off",
-    "penalty": "weight of the gradient alignment (default: the paper's for this eps)",
-    "beta": "weight of the KL divergence",
-    "scope": "global ranks the weights of all layers together, layer each layer's alone",
-    "granularity": "what is pruned: weight, filter, channel, or n:m such as 2:4",
-    "rate": "part of the remaining weights that a round prunes",
-    "rewind_epoch": "epoch of the dense training whose weights each round starts from again",
-    "temperature": "what the logits are divided by",
-    "rounds": "how often weights are scored and pruned",
-    "score_epochs": "passes over the training images that train the scores",
-    "mode": "the paper's algorithm, or the authors' released code",
-    "gamma": "γ, which the implicit term is divided by; inf switches the term off (default: the mode's own)",
-    "implicit": "bilinear, or cg or neumann for BiP's implicit gradient with the Hessian",
-    "implicit_steps": "products with the Hessian a step, at most",
-    "implicit_scale": "scale of the Neumann series",
-    "score_lr": "peak learning rate of the scores",
-    "score_momentum": "momentum of the scores' SGD",
-    "score_weight_decay": "weight decay of the scores' SGD",
-}
-
 
 # --- Options of the trainer and of the methods --------------------------------------------------------------
 
@@ -184,34 +168,44 @@ def pruning_methods() -> dict[str, tuple[type, type]]:
 
 
 def train_options() -> list[Option]:
-    """Those of TrainSettings, in the words of its docstring."""
+    """Those of TrainSettings."""
     from blokern.bilevel import TrainSettings
 
-    words = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(TrainSettings) or "", re.M))
-    return [
-        Option(name, kind, default, re.sub(r"\s+", " ", words[name]).rstrip("."))
-        for name, kind, default in _fields(TrainSettings)
-    ]
+    return settings_options(TrainSettings)
 
 
-def settings_options(settings: type, without: Collection[str]) -> list[Option]:
-    """A method's settings, but for some."""
-    return [
-        Option(name, kind, default, METHOD_HELP[name])
-        for name, kind, default in _fields(settings)
-        if name not in without
-    ]
-
-
-def _fields(settings: type) -> list[tuple[str, Any, Any]]:
-    """Name, type and default of each field; of an optional one, the type that it has when given."""
+def settings_options(settings: type, without: Collection[str] = ()) -> list[Option]:
+    """A dataclass of settings, but for some, in the words of its docstring and of those that it inherits."""
+    words = _documented(settings)
     hints = get_type_hints(settings)
-    result = []
+    options = []
     for field in fields(settings):
-        kind = next((kind for kind in get_args(hints[field.name]) if kind in (int, float)), hints[field.name])
-        default = Number(field.default) if isinstance(field.default, float) else field.default
-        result.append((field.name, Number if kind is float else kind, default))
-    return result
+        if field.name in without:
+            continue
+        kind = _kind(hints[field.name])
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if kind in (Number, Names) and default is not None:
+            default = kind(default)
+        options.append(Option(field.name, kind, default, words.get(field.name, field.name.replace("_", " "))))
+    return options
+
+
+def _documented(settings: type) -> dict[str, str]:
+    """What the section Args of the docstrings says of each setting, a class's own before what it inherits."""
+    words: dict[str, str] = {}
+    for kind in reversed(settings.__mro__):
+        text = inspect.cleandoc(kind.__doc__ or "")
+        for names, said in re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", text, re.M):
+            words |= dict.fromkeys(names.split(", "), re.sub(r"\s+", " ", said).rstrip("."))
+    return words
+
+
+def _kind(hint: Any) -> Any:
+    """The type of a setting's option; of an optional one, the type that it has when given."""
+    if get_origin(hint) is Sequence:
+        return Names
+    kind = next((kind for kind in get_args(hint) if kind in (int, float)), hint)
+    return Number if kind is float else kind
 
 
 def run_options(method: str) -> list[Option]:

@@ -44,6 +44,9 @@ __all__ = ["prune"]
 #: Where fine-tuning has another default than TrainSettings, which are Fast-BAT's.
 _DEFAULTS: Options = {"lr": Number(0.1), "schedule": "cosine"}
 
+#: What is every method's; density has an option of its own.
+_SHARED = ("density", "scope", "granularity", "exclude")
+
 #: Kept of the dense training in any case: a later command may add imp, which rewinds to it.
 _KEPT_EPOCH = 1
 
@@ -141,7 +144,7 @@ def _run_options() -> list[Option]:
 
 
 def _method_options(method: str) -> list[Option]:
-    return settings_options(pruning_methods()[method][1], without=("density", "scope", "granularity", "seed"))
+    return settings_options(pruning_methods()[method][1], without=(*_SHARED, "seed"))
 
 
 def _plans(entry: Entry, options: Options) -> Iterator[Plan]:
@@ -150,7 +153,7 @@ def _plans(entry: Entry, options: Options) -> Iterator[Plan]:
 
     shared, own = _run_options(), _method_options(entry.method)
     flags = [
-        *(f"{flag(option.name)}={options[option.name]}" for option in shared),
+        *(f"{flag(option.name)}={_text(options[option.name])}" for option in shared),
         *(f"{flag(key)}={value}" for key, value in entry.options),
     ]
     values = parse(make_parser(f"prune {entry.method}", "", [*shared, *own]), flags)
@@ -168,6 +171,11 @@ def _plans(entry: Entry, options: Options) -> Iterator[Plan]:
                 TrainSettings(**pick(these, TrainSettings)),
                 values["score_batches"],
             )
+
+
+def _text(value: object) -> object:
+    """A value as an option has it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
 def _dense_training(options: Options, seed: int) -> Options:

@@ -47,7 +47,7 @@ def test_a_module_used_twice_is_one_layer():
 def test_tied_weights_are_refused_by_name():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"'1.weight' is shared between '0' and '1'; untie it first"):
+    with pytest.raises(ValueError, match=r"'1.weight' \(shared between '0' and '1'; untie it first\)"):
         prunable(model)
 
 
@@ -75,20 +75,20 @@ def test_layer_scope_counts_in_each_layer():
     assert [mask.kept for mask in masks.values()] == [27, 10]
 
 
-def test_filters_are_kept_whole_and_the_last_layer_keeps_its_classes():
+def test_filters_are_kept_whole_and_layers_that_are_named_keep_all():
     given_scores = scores(a=(4, 3, 3, 3), b=(6, 4), c=(5, 6))
-    masks = masks_from_scores(given_scores, PruningSettings(density=0.5, granularity="filter"))
+    masks = masks_from_scores(given_scores, PruningSettings(density=0.5, granularity="filter"), ["c"])
     for name in "ab":
         assert torch.equal(masks[name].to_dense(), ops.filter_mask(given_scores[name], 0.5))
     assert masks["c"].density == 1
 
 
-def test_channels_are_kept_whole_and_the_first_layer_keeps_the_images_channels():
-    given_scores = scores(a=(4, 3, 3, 3), b=(6, 4), c=(5, 6))
-    masks = masks_from_scores(given_scores, PruningSettings(density=0.5, granularity="channel"))
+def test_channels_are_kept_whole_and_layers_that_are_named_or_have_one_keep_all():
+    given_scores = scores(a=(4, 3, 3, 3), b=(6, 4), c=(5, 6), depthwise=(5, 1, 3, 3))
+    masks = masks_from_scores(given_scores, PruningSettings(density=0.5, granularity="channel"), ["a"])
     for name in "bc":
         assert torch.equal(masks[name].to_dense(), ops.channel_mask(given_scores[name], 0.5))
-    assert masks["a"].density == 1
+    assert masks["a"].density == masks["depthwise"].density == 1
 
 
 def test_n_of_m_input_channels_are_kept_and_what_does_not_divide_stays_dense():
