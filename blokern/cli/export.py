@@ -28,6 +28,7 @@ def export(argv: list[str]) -> int:
 
     from blokern.bilevel import checkpoint
     from blokern.bilevel.export import save_compacted, save_dense, save_sparse
+    from blokern.bilevel.masking import kept_of
 
     source, out = options["checkpoint"], Path(options["out"])
     payload = checkpoint.load(source)
@@ -37,4 +38,5 @@ def export(argv: list[str]) -> int:
         save = save_dense if options["form"] == "dense" else save_sparse
         save(payload, source, out)
     print(f"{out}: {out.stat().st_size:,} bytes; {source} has {Path(source).stat().st_size:,}")
+    print(kept_of(checkpoint.load_model(payload, source)))
     return 0

@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
@@ -204,7 +205,8 @@ def _kind(hint: Any) -> Any:
     """The type of a setting's option; of an optional one, the type that it has when given."""
     if get_origin(hint) is Sequence:
         return Names
-    kind = next((kind for kind in get_args(hint) if kind in (int, float)), hint)
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    kind = next((kind for kind in members if kind in (int, float)), hint)
     return Number if kind is float else kind
 
 

@@ -217,17 +217,23 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
     trained = [network.seconds for network in dense if network.seconds is not None]
     rows = [
         f"{options['data']}, {options['model']}, {options['granularity']} pruning, {options['epochs']} epochs of "
-        f"training after it; accuracy of the best epoch on the test images, seconds of pruning and training; mean ± "
-        f"standard deviation over seeds {', '.join(map(str, options['seeds']))}.",
+        "training after it; weights kept as counted, of the layers that have masks and of all parameters; accuracy of "
+        "the best epoch on the test images, seconds of pruning and training; mean ± standard deviation over seeds "
+        f"{', '.join(map(str, options['seeds']))}.",
         "",
-        "| method | kept % | accuracy % | seconds |",
-        "|---|---|---|---|",
-        f"| dense | 100 | {_percent(dense.values())} | {mean_and_deviation(trained) if trained else '–'} |",
+        "| method | kept % | kept % of all | accuracy % | seconds |",
+        "|---|---|---|---|---|",
+        f"| dense | 100 | 100 | {_percent(dense.values())} | {mean_and_deviation(trained) if trained else '–'} |",
     ]
     for label, densities in points.items():
-        for density, own in densities.items():
-            cells = (_percent(run.accuracy for run in own), mean_and_deviation([run.seconds for run in own]))
-            rows.append(f"| {label} | {100 * density:g} | {' | '.join(cells)} |")
+        for own in densities.values():
+            shares = ([run.masked_share for run in own], [run.share for run in own])
+            cells = (
+                *(f"{100 * statistics.fmean(share):.4g}" for share in shares),
+                _percent(run.accuracy for run in own),
+                mean_and_deviation([run.seconds for run in own]),
+            )
+            rows.append(f"| {label} | {' | '.join(cells)} |")
     write_atomically(out / "results.md", ("\n".join(rows) + "\n").encode())
     write_json(
         out / "results.json",

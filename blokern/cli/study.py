@@ -43,16 +43,28 @@ class Plan:
 class Run:
     """A network pruned and fine-tuned.
 
-    accuracy: of best.pt on the test images. kept: by layer, the weights that are left, and all. Seconds are without
-    validation.
+    accuracy: of best.pt on the test images. kept: by layer that has a mask, the weights that are left, and all.
+    parameters: the same of the whole network. Seconds are without validation.
     """
 
     plan: Plan
     accuracy: float
     epoch: int
     kept: dict[str, tuple[int, int]]
+    parameters: tuple[int, int]
     pruning_seconds: float
     training_seconds: float
+
+    @property
+    def masked_share(self) -> float:
+        """What is left of the weights that have a mask."""
+        left, every = (sum(counts) for counts in zip(*self.kept.values(), strict=True))
+        return left / every
+
+    @property
+    def share(self) -> float:
+        """What is left of the whole network."""
+        return self.parameters[0] / self.parameters[1]
 
     @property
     def seconds(self) -> float:
@@ -139,6 +151,7 @@ class Study:
     def run(self, plan: Plan) -> Run:
         """Prune, fine-tune and test a network."""
         from blokern.bilevel import IMP, checkpoint
+        from blokern.bilevel.masking import kept_of
         from blokern.sparse import masks_of
 
         seed, density = f"seed-{plan.seed}", plan.settings.density
@@ -166,7 +179,8 @@ class Study:
         best = checkpoint.load_model(payload, folder / "best.pt")
         kept = {name: (mask.kept, mask.rows * mask.cols) for name, mask in masks_of(best).items()}
         accuracy = self.accuracy(folder / "best.pt", folder / "test.json")
-        return Run(plan, accuracy, payload["epoch"], kept, pruning_seconds, training_seconds)
+        parameters = kept_of(best).parameters
+        return Run(plan, accuracy, payload["epoch"], kept, parameters, pruning_seconds, training_seconds)
 
     def accuracy(self, path: Path, memory: Path) -> float:
         """A checkpoint's accuracy on the test images, remembered in a file."""
@@ -226,10 +240,10 @@ class Study:
     def _pruned(self, plan: Plan, density: float, model: nn.Module) -> dict[str, SparseMask]:
         from blokern.bilevel import IMP, PRUNERS, Hydra, IMPSettings
 
-        if isinstance(plan.settings, IMPSettings):
-            return IMP(plan.settings).masks(model, density)
-        pruner = PRUNERS[plan.method][0](plan.settings, self.processes)
         batches = self._batches(plan.training)
+        if isinstance(plan.settings, IMPSettings):
+            return IMP(plan.settings).masks(model, density, [*islice(batches, 1)])
+        pruner = PRUNERS[plan.method][0](plan.settings, self.processes)
         seen = _Passes(batches) if isinstance(pruner, Hydra) else [*islice(batches, plan.score_batches)]
         masks: dict[str, SparseMask] = pruner.masks(model, seen)
         return masks
@@ -270,7 +284,8 @@ class Study:
         optimizer = plan.training.optimizer(model)
         rule: StepRule | TwoBatchRule
         if isinstance(plan.settings, BiPSettings):
-            rule = BiP(model, optimizer, plan.settings, processes=self.processes)
+            example, _ = next(iter(self._batches(plan.training)))
+            rule = BiP(model, optimizer, plan.settings, processes=self.processes, example=example)
         else:
             rule = Plain(model, optimizer, PlainSettings(), self.processes)
         if plan.training.sync_batch_norm:
@@ -288,7 +303,10 @@ class Study:
         )
 
     def _method(self, plan: Plan, density: float) -> dict[str, Any]:
-        return {"method": {"name": plan.method, **asdict(replace(plan.settings, density=density))}}
+        settings = asdict(replace(plan.settings, density=density))
+        if not settings["exclude"]:  # as in runs that are older than it
+            del settings["exclude"]
+        return {"method": {"name": plan.method, **settings}}
 
 
 class _Passes:

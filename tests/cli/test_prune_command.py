@@ -1,15 +1,20 @@
 """``blokern prune``."""
 
+import itertools
 import json
 import shutil
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from commands import QUICK, error
 
-from blokern import cli
-from blokern.bilevel import OMP, Plain, Trainer, checkpoint
+from blokern import bilevel, cli
+from blokern.bilevel import OMP, OMPSettings, Plain, Trainer, checkpoint
 from blokern.bilevel.masking import prunable
+from blokern.cli import options
+from blokern.cli.compare import Entry
+from blokern.cli.prune import _method_options, _run_options
 from blokern.sparse import masks_of
 
 
@@ -50,11 +55,12 @@ def test_prune_tabulates_methods_and_densities(study):
     rows = [line for line in (study / "results.md").read_text().splitlines() if line.startswith("| ")][1:]
     methods = ["omp", "imp", "bip", "snip", "grasp", "synflow", "hydra", "random"]
     cells = [row.strip("| ").split(" | ") for row in rows]
-    assert [row[:2] for row in cells] == [
-        ["dense", "100"],
-        *([method, kept] for method in methods for kept in ("60", "30")),
-    ]
-    assert all("±" in row[2] and "±" in row[3] for row in cells)
+    assert [row[0] for row in cells] == ["dense", *(m for method in methods for m in (method, method))]
+    assert cells[0][1:3] == ["100", "100"]
+    for row, asked in zip(cells[1:], itertools.cycle((60, 30))):
+        assert float(row[1]) == pytest.approx(asked, abs=0.3)  # to the nearest weight
+        assert float(row[2]) > float(row[1])  # biases and BatchNorms stay
+    assert all("±" in row[3] and "±" in row[4] for row in cells)
     for name in ("sparsity.png", "minutes.png", "layers.png"):
         assert (study / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -68,7 +74,7 @@ def test_prune_tabulates_methods_and_densities(study):
     ]
     assert [run["plan"]["seed"] for run in own] == [0, 1]
     mean = sum(run["accuracy"] for run in own) / 2
-    assert f"| snip | 30 | {100 * mean:.2f} ± " in (study / "results.md").read_text()
+    assert any(row[0] == "snip" and row[3].startswith(f"{100 * mean:.2f} ± ") for row in cells)
 
 
 def test_every_network_keeps_what_was_asked_for_and_evaluates(study, tmp_path):
@@ -91,10 +97,12 @@ def test_every_network_keeps_what_was_asked_for_and_evaluates(study, tmp_path):
         command = ["evaluate", str(path), "--attack=fgsm", "--threads=1", "--json", str(tmp_path / "a.json")]
         assert cli.main(command) == 0
         assert json.loads((tmp_path / "a.json").read_text())["clean_accuracy"] == run["accuracy"]
-        assert {name: kept for name, (kept, _) in run["kept"].items()} == {
-            name: mask.kept
-            for name, mask in masks_of(checkpoint.load_model(checkpoint.load(path), path)).items()
-        }
+        model = checkpoint.load_model(checkpoint.load(path), path)
+        masks = masks_of(model)
+        assert {name: kept for name, (kept, _) in run["kept"].items()} == {n: m.kept for n, m in masks.items()}
+        pruned = sum(mask.to_dense().logical_not().sum().item() for mask in masks.values())
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert run["parameters"] == [parameters - pruned, parameters]
 
 
 def test_imp_rewinds_in_rounds_that_its_densities_share(study):
@@ -204,3 +212,50 @@ def test_a_layer_that_loses_all_its_weights_is_told_once(tmp_path):
     with pytest.warns(UserWarning, match="keeps no weight: the layer's output is its bias") as told:
         assert cli.main(prune_command(tmp_path, "random", density="0.01")) == 0
     assert len({str(warning.message) for warning in told}) == len(told)
+
+
+def test_exclude_keeps_layers_out_of_the_study(tmp_path, capsys):
+    command = prune_command(tmp_path / "a", "omp", "hydra:score_epochs=1")
+    assert cli.main([*command, "--exclude=head,features.0"]) == 0
+    payload = checkpoint.load(tmp_path / "a" / "omp" / "density-0.3" / "seed-0" / "best.pt")
+    names = [*masks_of(checkpoint.load_model(payload, "best.pt"))]
+    assert names == ["features.3.weight", "features.6.weight", "features.9.weight"]
+    assert payload["recipe"]["method"]["exclude"] == ("head", "features.0")
+    row = next(line for line in (tmp_path / "a" / "results.md").read_text().splitlines() if "| omp " in line)
+    assert float(row.split("|")[2]) == pytest.approx(30, abs=1)
+    assert float(row.split("|")[3]) > 35
+    message = error(capsys, *prune_command(tmp_path / "b", "omp"), "--exclude=haed")
+    assert "exclude: the model has no module or parameter 'haed'; did you mean 'head'?" in message
+
+
+def test_a_setting_that_a_method_adds_is_an_option_in_its_docstrings_words(monkeypatch, capsys):
+    """And one that nobody has described is an option, too."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class ShyOMPSettings(OMPSettings):
+        """`PruningSettings` of `ShyOMP`.
+
+        Args:
+            shyness: how far it keeps
+                from the largest weights.
+        """
+
+        shyness: float = 0.25
+        never_described: list[int] = field(default_factory=list)
+
+    class ShyOMP(OMP):
+        settings_type = ShyOMPSettings
+
+    monkeypatch.setitem(bilevel.PRUNERS, "shy", (ShyOMP, ShyOMPSettings))
+    found = {o.name: o for o in options.settings_options(ShyOMPSettings)}
+    assert found["shyness"].help == "how far it keeps from the largest weights"
+    assert found["never_described"].help == "never described"
+    assert found["density"].help == "part of the weights that is kept, in (0, 1]"
+    assert cli.main(["prune", "--help"]) == 0
+    assert "shy (shyness, never_described)" in " ".join(capsys.readouterr().out.split())
+    entry = Entry.parse("shy:shyness=1/2", _method_options, bilevel.PRUNERS)
+    parsed = options.parse(
+        options.make_parser("prune", "", [*_run_options(), *_method_options("shy")]),
+        [f"{options.flag(key)}={value}" for key, value in entry.options],
+    )
+    assert options.pick(parsed, ShyOMPSettings)["shyness"] == 0.5
