@@ -35,7 +35,9 @@ _FACTORIES = {
 }
 #: What an input is an origin by, as weights are by their names: of data, and of the input's channels.
 _DATA, _CHANNELS = "data of the input", "channels of the input"
+#: Of the images and the sequences that are tried.
 _SIZES = (32, 28, 64, 224, 16, 8, 96, 128, 256, 299)
+_LENGTHS = (16, 4)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def _made_up(model: nn.Module) -> Iterator[Tensor]:
     modules = [*model.modules()]
     device = next(model.parameters()).device
     if any(isinstance(module, nn.Embedding) for module in modules):
-        yield torch.zeros(2, 16, dtype=torch.int64, device=device)
+        for length in _LENGTHS:
+            yield torch.zeros(2, length, dtype=torch.int64, device=device)
     convolutions = [module for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
     if convolutions:
         dims = min(module.weight.dim() for module in convolutions) - 2
@@ -191,4 +194,6 @@ def _made_up(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, nn.Linear | nn.RNNBase):
             features = module.in_features if isinstance(module, nn.Linear) else module.input_size
             parameter = next(module.parameters())
-            yield from (parameter.new_zeros(2, features), parameter.new_zeros(2, 16, features))
+            yield parameter.new_zeros(2, features)
+            for length in _LENGTHS:
+                yield parameter.new_zeros(2, length, features)
