@@ -8,7 +8,7 @@ weight itself is seen, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,19 @@ __all__ = ["Ends", "ends_of", "find_ends"]
 #: Ops whose outputs sum over weights: past these a value is the layer's, and no longer that of what the layer read.
 _MIXING = {
     *("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "conv_tbc", "_trilinear"),
-    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul", "_addmm_activation"),
+    *(
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "linear",
+        "matmul",
+        "_addmm_activation",
+    ),
     *("embedding", "embedding_bag", "_embedding_bag", "mkldnn_rnn_layer", "_cudnn_rnn"),
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 }
@@ -98,7 +110,9 @@ def find_ends(model: nn.Module, x: Any) -> Ends:
         output = call(model.eval(), x)
     last = _union(follower.origin(tensor) for tensor in tensors_in(output)).names - {_DATA, _CHANNELS}
     if not last:
-        raise ValueError(f"model: its output, {type(output).__name__}, does not show which layers it comes from")
+        raise ValueError(
+            f"model: its output, {type(output).__name__}, does not show which layers it comes from"
+        )
     first = {name for name, read in follower.read.items() if _CHANNELS in read}
     return Ends(frozenset(first), last, frozenset(follower.read))
 
@@ -111,11 +125,11 @@ class _Origin:
     is_weight: bool = False
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the origin of every block of memory, and in `read` that of all that each weight was multiplied with."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.read: dict[str, frozenset[str]] = {}
         # With the memory itself: freed, its address would be another's.
         self._origins: dict[int, tuple[torch.UntypedStorage, _Origin]] = {}
@@ -133,7 +147,7 @@ class _Follower(TorchDispatchMode):
         self._origins[memory._cdata] = (memory, _union([self.origin(tensor), origin]))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
@@ -141,7 +155,9 @@ class _Follower(TorchDispatchMode):
         origin = self._mixed(origins, args) if name in _MIXING else _union(origins)
         result = func(*args, **kwargs)
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        written = [
+            given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write
+        ]
         for tensor in _tensors((result, written)):
             # A comparison's outcome has no channels of the input's.
             names = origin.names - {_CHANNELS} if tensor.dtype == torch.bool else origin.names
@@ -172,7 +188,9 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _is_depthwise(args: tuple[Any, ...]) -> bool:
     """Whether these are a convolution's with as many groups as channels: such a layer keeps channels apart."""
-    groups = args[8] if len(args) > 8 else 1  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
+    groups = (
+        args[8] if len(args) > 8 else 1
+    )  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
     return bool(isinstance(groups, int) and groups > 1 and groups == args[0].shape[1])
 
 

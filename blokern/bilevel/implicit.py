@@ -43,7 +43,9 @@ def implicit_gradient(
     names, data = [*map(_inner, grads)], [(batch, batch[1])]
     b = {_inner(name): grad * layers[name].mask.to_dense() for name, grad in grads.items()}
     # Of vectors within the masks, M H M is the Hessian that the masked weights have themselves, of sparse products.
-    system = HessianOperator(_OfBatch(model, loss_fn), _first, data, parameters=names, damping=gamma, keep=True)
+    system = HessianOperator(
+        _OfBatch(model, loss_fn), _first, data, parameters=names, damping=gamma, keep=True
+    )
     solution = solve(_Averaged(system, average_), b)
     del system  # with what it keeps of the forward pass
     with dense_grad(layers.values()):

@@ -39,7 +39,7 @@ ModelLoss: TypeAlias = Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]]
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# Where networks keep their logits beside other things: transformers' outputs and Inception's; torchvision's segmentation.
+# What networks call their logits where they return more: transformers and Inception; torchvision's segmentation.
 _LOGITS = ("logits", "out")
 
 
@@ -204,7 +204,7 @@ def _probabilities(logits: Tensor, y: Tensor) -> Tensor:
             f"y must be class labels, torch.int64, or probabilities of shape {tuple(logits.shape)}, got {y.dtype} "
             f"of shape {tuple(y.shape)}; for regression give loss_fn=model_loss(F.mse_loss)"
         )
-    if not bool(((y >= 0).all() & ((y.sum(1) - 1).abs() < 0.01).all())):
+    if not bool((y >= 0).all() & ((y.sum(1) - 1).abs() < 0.01).all()):
         raise ValueError(
             "y must be probabilities, >= 0 and of sum 1 over the classes, where it is of a floating point type; "
             "for regression give loss_fn=model_loss(F.mse_loss)"

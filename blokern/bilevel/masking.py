@@ -12,14 +12,13 @@ from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from blokern import ops
 from blokern._names import unknown_name
 from blokern.bilevel.ends import ends_of
 from blokern.ops import Scope
-from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, masks_of, to_dense
-from blokern.sparse.modules import parameter_owners
+from blokern.sparse import SparseMask, masks_of, to_dense
+from blokern.sparse.maskable import maskable
 
 __all__ = [
     "Kept",
@@ -108,61 +107,37 @@ def prunable(model: nn.Module, exclude: Sequence[str | nn.Module] = ()) -> dict[
     >>> list(prunable(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, 2))))
     ['0.weight', '2.weight']
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"model: {name!r} has no shape yet; run the model once before it is pruned")
     left_out = excluded(model, exclude)
-    owners = parameter_owners(model)
-    found: dict[str, nn.Parameter] = {}
+    able = maskable(model)
+    found = {name: w for name, w in able.weights.items() if name not in left_out and w.numel()}
     skipped: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(path, recurse=False):
-            if isinstance(parameter, nn.UninitializedParameter):
-                raise ValueError(f"model: {leaf!r} has no shape yet; run the model once before it is pruned")
-            if parameter.dim() < 2 or parameter.numel() == 0 or leaf in left_out:
-                continue
-            if (why := _why_not(module, leaf, owners[id(parameter)])) is None:
-                found[leaf] = parameter
-            else:
-                skipped.setdefault(why, []).append(leaf)
+    for name, why in able.skipped.items():
+        if name not in left_out:
+            skipped.setdefault(why, []).append(name)
     if not found:
         raise ValueError(
             f"model must have an nn.Linear or nn.Conv2d to prune, got {type(model).__name__}"
-            f"{_listed(skipped, ' in which ')}{'; all others are excluded' if left_out else ''}"
+            f"{', in which ' if skipped else ''}{_listed(skipped)}{', and all others are excluded' if left_out else ''}"
         )
     if skipped:
-        names = {name for some in skipped.values() for name in some}
-        part = sum(model.get_parameter(name).numel() for name in names)
-        total = part + sum(weight.numel() for weight in found.values())
+        every = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+        rest = every - sum(weight.numel() for weight in able.weights.values())
         warnings.warn(
-            f"{100 * part / total:.3g} % of the model's weights cannot be masked, and stay dense: "
-            f"{_listed(skipped)}",
+            f"{100 * rest / every:.3g} % of the model's weights cannot be masked, and stay dense: {_listed(skipped)}",
             stacklevel=3,
         )
     return found
 
 
-def _why_not(module: nn.Module, name: str, owners: Sequence[str]) -> str | None:
-    """Why this parameter cannot be masked, if so."""
-    kind = type(module)
-    if name.rpartition(".")[2] != "weight" or kind not in (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d):
-        if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
-            return "under a parametrization: remove it first"
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            base = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
-            made = kind in (nn.Linear, nn.Conv2d)
-            return "what a hook makes the weight of" if made else f"of {kind.__name__}, which is no {base} itself"
-        return f"of {kind.__name__}"
-    if len(owners) > 1:
-        return f"shared between {' and '.join(map(repr, owners))}; untie it first"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"of a layer whose padding is {module.padding_mode!r}"
-    return None
-
-
-def _listed(skipped: Mapping[str, Sequence[str]], before: str = "") -> str:
-    parts = []
-    for why, names in skipped.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        parts.append(f"{names[0]!r}{more} ({why})")
-    return before + ", ".join(parts) if parts else ""
+def _listed(names: Mapping[str, Sequence[str]]) -> str:
+    """Names, and what is to be said of each, said once of all: "'a.weight' and 3 more must be …; 'b.weight' is …"."""
+    return "; ".join(
+        f"{some[0]!r}{f' and {len(some) - 1} more' if len(some) > 1 else ''} {said}"
+        for said, some in names.items()
+    )
 
 
 def excluded(model: nn.Module, exclude: Sequence[str | nn.Module]) -> set[str]:
@@ -182,13 +157,15 @@ def excluded(model: nn.Module, exclude: Sequence[str | nn.Module]) -> set[str]:
             near = difflib.get_close_matches(path, [*parameters, *paths.values()], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"exclude: the model has no module or parameter {path!r}{hint}")
-        found |= {name for name in parameters if name == path or f"{name}.".startswith(f"{path}." if path else "")}
+        found |= {
+            name for name in parameters if name == path or f"{name}.".startswith(f"{path}." if path else "")
+        }
     return found
 
 
 def dense_twin(model: ModelT) -> ModelT:
-    """A dense copy of the model, whose pruned weights are zeros; also where a module holds a tensor with a history, such
-    as a weight that a hook has made.
+    """A dense copy of the model, whose pruned weights are zeros; also where a module holds a tensor with a history,
+    such as a weight that a hook has made.
 
     >>> type(dense_twin(nn.Sequential(MaskedLinear(2, 2)))[0]).__name__
     'Linear'
@@ -220,9 +197,8 @@ def whole_layers(
     unknown = weights.keys() - ends.called
     if unknown:
         warnings.warn(
-            f"granularity {settings.granularity}: {_listed({'not called': sorted(unknown)})} take no part when the "
-            "model runs in eval mode: whether their filters and channels are the model's own is not known, and they "
-            "stay whole",
+            f"granularity {settings.granularity}: {_listed({'stay whole': sorted(unknown)})}, as they take no part "
+            "when the model runs in eval mode: whether their filters and channels are the model's own is not known",
             stacklevel=3,
         )
     whole = unknown | (own & weights.keys())
@@ -331,7 +307,9 @@ class Kept:
     def __str__(self) -> str:
         (left, masked), (all_left, parameters) = self.masked, self.parameters
         shares = f"{100 * left / max(masked, 1):.4g} %", f"{100 * all_left / max(parameters, 1):.4g} %"
-        return f"{shares[0]} of the {masked:,} masked weights kept, {shares[1]} of all {parameters:,} parameters"
+        return (
+            f"{shares[0]} of the {masked:,} masked weights kept, {shares[1]} of all {parameters:,} parameters"
+        )
 
 
 def kept_of(model: nn.Module) -> Kept:

@@ -126,7 +126,9 @@ class Pruner(ABC, Generic[SettingsT]):
             weights = prunable(twin, left_out)
             for name, weight in weights.items():
                 if weight.is_meta:
-                    raise ValueError(f"model: {name!r} is on the meta device, without values; load them first")
+                    raise ValueError(
+                        f"model: {name!r} is on the meta device, without values; load them first"
+                    )
                 weight.requires_grad_()
             with torch.autocast(next(iter(weights.values())).device.type, enabled=False):
                 whole = whole_layers(twin, weights, settings, example)
@@ -156,7 +158,9 @@ class Pruner(ABC, Generic[SettingsT]):
             size = samples(x)
             loss, _ = loss_fn(model, x, y)
             if not loss.requires_grad:
-                raise ValueError("loss_fn must give a loss that depends on the model's weights, got a constant")
+                raise ValueError(
+                    "loss_fn must give a loss that depends on the model's weights, got a constant"
+                )
             if along is not None:
                 first = _gradient(loss, leaves, create_graph=True)
                 loss = torch.stack([(g * v).sum() for g, v in zip(first, along.values(), strict=True)]).sum()
@@ -261,7 +265,7 @@ class SynFlow(Pruner[SynFlowSettings]):
     Pruned little by little, which keeps every layer alive; of the batches only the images' shape is used. In float64
     and eval mode. As in the released code all parameters and buffers are replaced by absolute values; BatchNorm's
     running means by zeros, their value at the initialisation where that code prunes: the flow must not become negative.
-    n:m patterns, which keep every layer alive anyway, are chosen in one round. Tokens stay, and nn.Embedding gives ones.
+    n:m patterns, which keep every layer alive anyway, are chosen in one round. Of tokens, nn.Embedding gives ones.
 
     Raises ValueError where there is no such flow, as it is negative or not finite: what subtracts (LayerNorm,
     GroupNorm) or exponentiates (attention) is not monotone in absolute values.
@@ -401,26 +405,13 @@ def _ranked_by_sum(score: Tensor, dim: int) -> Tensor:
     return (sums - least + (most - least)).expand_as(score)
 
 
-def _checked(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, of which there must be one at least."""
-    empty = True
-    for x, y in batches:
-        if x.shape[:1] != y.shape:
-            raise ValueError(
-                f"batches: y must have shape {tuple(x.shape[:1])} to fit x, got {tuple(y.shape)}"
-            )
-        empty = False
-        yield x, y
-    if empty:
-        raise ValueError("batches must give at least one (x, y) whenever iterated over, got none")
-
-
 def _pruned_last(score: Tensor, mask: Tensor, settings: PruningSettings) -> Tensor:
     """The score, in which what the mask has pruned ranks last: single weights, or groups that it keeps nothing of."""
     if settings.granularity not in ("filter", "channel"):
         return score.where(mask, torch.finfo(score.dtype).min)
     others = [d for d in range(score.dim()) if d != (0 if settings.granularity == "filter" else 1)]
-    return score.where(mask.sum(others, keepdim=True) > 0, 0.0)
+    least = torch.finfo(score.dtype).tiny ** 0.5  # whose square is not 0: norms rank
+    return score.where(score != 0, least).where(mask.sum(others, keepdim=True) > 0, 0.0)
 
 
 def _check_flow(name: str, flow: Tensor) -> None:
@@ -440,8 +431,11 @@ def _check_flow(name: str, flow: Tensor) -> None:
 
 def _gradient(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
     """∂loss/∂leaves, zeros where there is none."""
-    how = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-    return [*torch.autograd.grad(loss, leaves, **how)]  # type: ignore[arg-type]
+    return [
+        *torch.autograd.grad(
+            loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+    ]
 
 
 def _ones(x: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Run:
     @property
     def masked_share(self) -> float:
         """What is left of the weights that have a mask."""
-        left, every = (sum(counts) for counts in zip(*self.kept.values(), strict=True))
-        return left / every
+        left, every = zip(*self.kept.values(), strict=True)
+        return float(sum(left) / sum(every))
 
     @property
     def share(self) -> float:

@@ -51,7 +51,7 @@ def maskable(model: nn.Module) -> Maskable:
         )
         for name in (f"{path}.{name}".lstrip(".") for name in names):
             if reason is None:
-                found.weights[name] = module._parameters["weight"]  # type: ignore[assignment]
+                found.weights[name] = module._parameters["weight"]
             else:
                 found.skipped[name] = reason
     return found

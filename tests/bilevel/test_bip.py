@@ -453,7 +453,9 @@ def test_models_that_cannot_be_pruned_are_refused_and_left_alone() -> None:
         BiP(frozen, sgd(conv_net()), BiPSettings())
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
-    with pytest.raises(ValueError, match=r"'0\.weight' and 1 more \(shared between '0' and '1'; untie it first"):
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' and 1 more is shared between '0' and '1'; untie it first"
+    ):
         bip(tied)
     broken = conv_net()
     with torch.no_grad():

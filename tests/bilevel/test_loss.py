@@ -170,7 +170,9 @@ def test_every_method_takes_what_a_network_takes(case):
         assert sum(mask.kept for mask in masks.values()) == round(0.3 * total)
 
     for implicit in ("bilinear", "cg"):
-        rule = BiP(twin := net(), torch.optim.SGD(twin.parameters(), 0.1), BiPSettings(implicit=implicit), **how)
+        rule = BiP(
+            twin := net(), torch.optim.SGD(twin.parameters(), 0.1), BiPSettings(implicit=implicit), **how
+        )
         result = rule.step(batch, batch)
         assert all(torch.isfinite(t).all() for t in (result.loss, result.logits, *result.metrics.values()))
         assert not result.logits.requires_grad
@@ -192,8 +194,18 @@ def test_the_mean_is_over_samples_of_all_batches():
         (torch.rand(4, 3), torch.rand(4), ValueError, "probabilities of shape .4, 3., .*for regression"),
         (torch.rand(4, 3), torch.randn(4, 3), ValueError, "probabilities, >= 0 and of sum 1"),
         (torch.rand(4, 3), torch.full((4, 3), math.nan), ValueError, "probabilities, >= 0 and of sum 1"),
-        (torch.rand(4, 3), torch.ones(4, dtype=torch.bool), TypeError, "integers, or probabilities, got torch.bool"),
-        (torch.rand(4, 3, 5, 5), torch.ones(4).long(), ValueError, r"y must have shape \(4, 5, 5\) to fit logits"),
+        (
+            torch.rand(4, 3),
+            torch.ones(4, dtype=torch.bool),
+            TypeError,
+            "integers, or probabilities, got torch.bool",
+        ),
+        (
+            torch.rand(4, 3, 5, 5),
+            torch.ones(4).long(),
+            ValueError,
+            r"y must have shape \(4, 5, 5\) to fit logits",
+        ),
         (torch.rand(4, 3, 3), torch.ones(4, 3).long(), ValueError, "fit with the classes in dimension 1 and"),
         (torch.rand(4, 3), [0, 1, 2, 0], TypeError, "classes or probabilities, got list"),
     ],
@@ -206,7 +218,9 @@ def test_targets_that_the_cross_entropy_would_misread_are_refused(logits, y, err
 def test_an_output_of_several_tensors_without_a_name_is_refused():
     pair = torch.rand(2, 3), torch.rand(2, 3)
     for output, count in ((pair, 2), ({"a": pair}, 2), (SimpleNamespace(n=3), 0)):
-        with pytest.raises(TypeError, match=f"with {count} tensors, none of them called logits or out; say which"):
+        with pytest.raises(
+            TypeError, match=f"with {count} tensors, none of them called logits or out; say which"
+        ):
             logits_of(output)
 
 
@@ -235,7 +249,9 @@ def test_a_mapping_that_makes_no_loss_is_refused():
 def test_a_temperature_that_cannot_be_applied_is_refused():
     grasp = PRUNERS["grasp"][0]
     own = grasp(GraSPSettings(), loss_fn=lambda model, x, y: (model(x).mean(), y))
-    with pytest.raises(ValueError, match="temperature must be 1 for a loss_fn that takes its own logits, got 200"):
+    with pytest.raises(
+        ValueError, match="temperature must be 1 for a loss_fn that takes its own logits, got 200"
+    ):
         own.masks(Pixels(), [(IMAGES, PIXELS)])
     with pytest.raises(ValueError, match="temperature must be 1 where the model computes the loss itself"):
         grasp(GraSPSettings()).masks(Words(), [{"input_ids": IDS, "labels": torch.arange(4)}])
@@ -246,4 +262,6 @@ def test_a_loss_that_is_no_mean_or_a_constant_is_refused():
     with pytest.raises(ValueError, match="loss_fn must give a scalar"):
         SNIP(SNIPSettings(), loss_fn=many).masks(Pixels(), [(IMAGES, PIXELS)])
     with pytest.raises(ValueError, match="depends on the model's weights, got a constant"):
-        SNIP(SNIPSettings(), loss_fn=lambda model, x, y: (torch.ones(()), y)).masks(Pixels(), [(IMAGES, PIXELS)])
+        SNIP(SNIPSettings(), loss_fn=lambda model, x, y: (torch.ones(()), y)).masks(
+            Pixels(), [(IMAGES, PIXELS)]
+        )

@@ -47,7 +47,7 @@ def test_a_module_used_twice_is_one_layer():
 def test_tied_weights_are_refused_by_name():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"'1.weight' \(shared between '0' and '1'; untie it first\)"):
+    with pytest.raises(ValueError, match=r"'1.weight' is shared between '0' and '1'; untie it first"):
         prunable(model)
 
 

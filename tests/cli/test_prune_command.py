@@ -99,7 +99,9 @@ def test_every_network_keeps_what_was_asked_for_and_evaluates(study, tmp_path):
         assert json.loads((tmp_path / "a.json").read_text())["clean_accuracy"] == run["accuracy"]
         model = checkpoint.load_model(checkpoint.load(path), path)
         masks = masks_of(model)
-        assert {name: kept for name, (kept, _) in run["kept"].items()} == {n: m.kept for n, m in masks.items()}
+        assert {name: kept for name, (kept, _) in run["kept"].items()} == {
+            n: m.kept for n, m in masks.items()
+        }
         pruned = sum(mask.to_dense().logical_not().sum().item() for mask in masks.values())
         parameters = sum(parameter.numel() for parameter in model.parameters())
         assert run["parameters"] == [parameters - pruned, parameters]
