@@ -1,0 +1,81 @@
+"""Whether two networks compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from blokern.sparse.compaction.cut import copied
+from blokern.sparse.compaction.record import Refusal, tensors_in
+
+__all__ = ["check_outputs", "doubled"]
+
+# Of the largest output: a dtype's epsilon to this power. In float64, 10⁻⁹; roughly, in float32, 10⁻².
+_POWER, _ROUGH_POWER = 0.575, 0.3
+
+
+def check_outputs(model: nn.Module, copy: nn.Module, example: tuple[Any, ...], *, rough: bool = False) -> bool:
+    """Compare a network with its copy, on an example and on random inputs like it; roughly: on the example, allowing
+    for rounding that has added up.
+
+    Raises Refusal where they differ. Returns whether they could be compared: not those that draw random numbers.
+    """
+    model, copy = copied(model), copied(copy)
+    power = _ROUGH_POWER if rough else _POWER
+    if not rough and not _alike(_outputs(model, example), _outputs(model, example), power):
+        return False
+    for inputs in (example,) if rough else (example, _varied(example)):
+        want, got = _outputs(model, inputs), _outputs(copy, inputs)
+        if not _alike(want, got, power):
+            raise Refusal(
+                "the smaller copy's outputs differ from the masked network's by "
+                f"{max(_differences(want, got), default=0.0):.2g}"
+            )
+    return True
+
+
+def doubled(tree: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)  # type: ignore[no-any-return]
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    devices = {t.device for t in (*tensors_in(inputs), *model.parameters()) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        torch.seed()
+        arguments = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # which the forward may change
+        return list(tensors_in(model(*arguments)))
+
+
+def _alike(want: list[Tensor], got: list[Tensor], power: float) -> bool:
+    return len(want) == len(got) and all(
+        a.shape == b.shape and _close(a, b, power) for a, b in zip(want, got, strict=True)
+    )
+
+
+def _close(want: Tensor, got: Tensor, power: float) -> bool:
+    if not want.is_floating_point():
+        return torch.equal(want, got)
+    scale = want[want.isfinite()].abs().max() if want.isfinite().any() else want.new_ones(())
+    tolerance = float(scale) * torch.finfo(want.dtype).eps ** power
+    return torch.allclose(want, got, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _differences(want: list[Tensor], got: list[Tensor]) -> list[float]:
+    return [float((a - b).abs().max()) for a, b in zip(want, got, strict=False) if a.shape == b.shape and a.numel()]
+
+
+def _varied(tree: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random inputs of the example's scale."""
+    generator = torch.Generator().manual_seed(1)
+
+    def varied(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.numel() < 2:
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        return noise * tensor.std() + tensor.mean()
+
+    return pytree.tree_map_only(Tensor, varied, tree)  # type: ignore[no-any-return]
