@@ -250,6 +250,7 @@ def spectrum(density: SpectralDensity, size: int, title: str, path: str | Path) 
     axes.set_yscale("log")
     axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(one / 10, 2 * float(height.max())))
     axes.grid(alpha=0.3)
+    figure.set_label("spectrum")  # told in the file, by which a later one knows that it may replace it
     _write(figure, path)
 
 
@@ -277,5 +278,5 @@ def _show(axes: Any, image: Tensor) -> None:
 
 def _write(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": f"blokern {figure.get_label()}".strip()})
     write_atomically(path, buffer.getvalue())

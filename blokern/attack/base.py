@@ -160,7 +160,7 @@ class Attack(ABC, Generic[W]):
         checks.check_model(self.model)
         checks.check_norm(self.norm)
         checks.check_box(self.clip_min, self.clip_max)
-        checks.check_radius("eps", self.eps)
+        checks.check_eps(self.eps, self.norm, self.clip_min, self.clip_max)
         checks.check_radius("step_size", self.step_size)
         for name in ("steps", "restarts", "eot"):
             checks.check_count(name, getattr(self, name))

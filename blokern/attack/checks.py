@@ -17,6 +17,8 @@ __all__ = [
     "check_batch",
     "check_box",
     "check_count",
+    "check_eps",
+    "check_finite_logits",
     "check_graphed",
     "check_logits",
     "check_model",
@@ -103,6 +105,18 @@ def check_radius(name: str, value: PerSample) -> None:
         raise TypeError(f"{name} must be a float or a tensor of shape [N], got {type(value).__name__}")
     elif not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def check_eps(eps: PerSample, norm: Norm, clip_min: float, clip_max: float) -> None:
+    """A radius; in L∞ no larger than the box is wide, since that is a slip in the unit: any image is in reach."""
+    check_radius("eps", eps)
+    width = clip_max - clip_min
+    largest = float(eps) if not isinstance(eps, Tensor) else float(eps.max()) if len(eps) else 0.0
+    if norm == "linf" and largest > width * (1 + 1e-6):
+        hint = f"; do you mean {largest:g}/255?" if largest <= 255 * width else ""
+        raise ValueError(
+            f"eps must be at most clip_max - clip_min = {width:g} in linf, got {largest:g}{hint}"
+        )
 
 
 def check_graphed(
@@ -203,4 +217,13 @@ def check_logits(logits: Tensor, samples: int, largest_label: int) -> None:
     if largest_label >= logits.shape[1]:
         raise ValueError(
             f"y holds label {largest_label}, but the model has {logits.shape[1]} classes, from 0"
+        )
+
+
+def check_finite_logits(logits: Tensor) -> None:
+    """A network that answers NaN or inf has no accuracy, and a figure would pass for one; −inf rules a class out."""
+    broken = int((logits.isnan() | logits.isposinf()).any(dim=1).sum())
+    if broken:
+        raise FloatingPointError(
+            f"model returns NaN or inf for {broken} of {len(logits)} images that nobody attacked: are its weights finite?"
         )

@@ -86,7 +86,7 @@ def evaluate(
 
     ValueError or TypeError: empty loader, images outside the box (to 1e-4 of the range, which is clipped), bad labels,
     a model without logits of two classes or more, an attack's bad output (it is named), a setting of the default attack
-    beside another::
+    beside another. FloatingPointError: NaN or inf among the logits of images that nobody attacked::
 
         result = evaluate(model, loader, {"pgd": PGD(model), "apgd": APGD(model)}, eps=8 / 255)
         print(result.clean_accuracy, result.robust_accuracy)
@@ -98,7 +98,7 @@ def evaluate(
     if eps is not None:
         if isinstance(eps, Tensor):
             raise TypeError("eps must be a float, got a tensor")
-        checks.check_radius("eps", eps)
+        checks.check_eps(eps, norm, clip_min, clip_max)
     own = {"generator": generator, "surrogate": surrogate, "loss": loss, "target_classes": target_classes}
     how: dict[str, Any] = {word: value for word, value in own.items() if value is not None}
     if attack is None:
@@ -121,7 +121,7 @@ def evaluate(
                 manner = observe(model, x)
                 draws = max(eot, DRAWS) if manner.random else 1
                 manner.warn("evaluate", draws, stacklevel=3)
-            holds = _held(model, x, y, draws, largest_label)
+            holds = _held(model, x, y, draws, largest_label, attacked=False)
             sound = holds > 0
             samples, clean = samples + len(x), clean + float(holds.sum())
             x, y, holds = x[sound], y[sound], holds[sound]
@@ -153,12 +153,16 @@ def evaluate(
     )
 
 
-def _held(model: nn.Module, x: Tensor, y: Tensor, draws: int, largest_label: int) -> Tensor:
+def _held(
+    model: nn.Module, x: Tensor, y: Tensor, draws: int, largest_label: int, *, attacked: bool = True
+) -> Tensor:
     """[N] float64: in which share of `draws` answers each sample is classified correctly."""
     held = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(draws):
         logits = logits_of(model(x))
         checks.check_logits(logits, len(x), largest_label)
+        if not attacked:
+            checks.check_finite_logits(logits)
         held += correct(logits, y)
     return held / draws
 

@@ -31,6 +31,7 @@ from blokern.bilevel.pruning import (
 )
 from blokern.bilevel.signals import Interrupted
 from blokern.bilevel.step import StepResult, StepRule, TwoBatchRule
+from blokern.bilevel.threat import ThreatModel
 from blokern.bilevel.train_settings import TrainSettings
 from blokern.bilevel.trainer import Trainer
 
@@ -71,6 +72,7 @@ __all__ = [
     "SynFlow",
     "SynFlowSettings",
     "TRADESSettings",
+    "ThreatModel",
     "TrainSettings",
     "Trainer",
     "TwoBatchRule",

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypedDict
 
-from blokern.attack.checks import check_box, default_eps
+from blokern.attack.checks import check_box, check_eps, default_eps
 from blokern.bilevel.settings import Precision, check_numbers, check_precision
 
 __all__ = [
@@ -77,6 +77,7 @@ class AdversarialSettings(PlainSettings, ABC):
         check_box(self.clip_min, self.clip_max)
         super().__post_init__()
         self._default("eps", default_eps("linf", self.clip_min, self.clip_max))
+        check_eps(self.eps, "linf", self.clip_min, self.clip_max)
 
     def _default(self, name: str, value: float) -> None:
         """Gives a setting that is None its value."""

@@ -26,9 +26,12 @@ from blokern.sparse import SparseMask, sparsify
 __all__ = [
     "VERSION",
     "CheckpointError",
+    "check_finite",
     "check_same",
+    "classes_of",
     "find_input_shape",
     "fingerprint",
+    "is_checkpoint",
     "load",
     "load_model",
     "load_weights",
@@ -209,12 +212,34 @@ def find_input_shape(
         raise CheckpointError(
             f"{source} does not say how large its network's images are: give input_shape, such as 3,32,32"
         ) from error
+    classes_of(model, source, shape)
+    return shape
+
+
+def classes_of(model: nn.Module, source: str | Path, shape: tuple[int, ...]) -> int:
+    """How many classes a network in eval mode tells apart, by what it makes of two blank images of this shape.
+
+    Raises:
+        CheckpointError: it refuses such images, or returns no logits [2, K].
+
+    >>> classes_of(model, "runs/a/best.pt", (1, 8, 8))
+    10
+    """
     try:
         with torch.no_grad():
-            model(next(model.parameters()).new_zeros(2, *shape))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{source} takes no images of input_shape {tuple(shape)}: {error}") from error
-    return shape
+            logits = model(next(model.parameters()).new_zeros(2, *shape))
+    except Exception as error:  # a network of another library may raise anything
+        raise CheckpointError(
+            f"{source} takes no images of input_shape {tuple(shape)}: {_first_line(error)}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+        told = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise CheckpointError(f"{source} must return logits [2, K] for two images, got {told}")
+    return logits.shape[1]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -269,6 +294,27 @@ def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Spa
 def _words_of(weight: str) -> str:
     """The state_dict's key for the mask of this parameter."""
     return f"{weight.removesuffix('weight')}mask_words" if weight.endswith("weight") else ""
+
+
+def check_finite(weights: Any, source: str | Path) -> None:
+    """Raise FloatingPointError, naming the first, unless all weights of a checkpoint are finite.
+
+    >>> check_finite(load("runs/a/best.pt")["model"], "runs/a/best.pt")
+    """
+    for name, weight in _checked_weights(weights, source).items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise FloatingPointError(f"{source} holds a network that diverged: {name} is not finite")
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file ends as a checkpoint does; it may be damaged before. OSError if it cannot be read.
+
+    >>> is_checkpoint("runs/a/best.pt")
+    True
+    """
+    with Path(path).open("rb") as file:
+        file.seek(max(0, Path(path).stat().st_size - _DIGEST_SIZE - len(_MARKER)))
+        return file.read(len(_MARKER)) == _MARKER
 
 
 def check_same(what: str, there: Mapping[str, Any], here: Mapping[str, Any], source: str | Path) -> None:

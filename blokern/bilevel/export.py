@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from blokern.bilevel.checkpoint import CheckpointError, find_input_shape, load_model, write_atomically
+from blokern.bilevel.threat import ThreatModel
 from blokern.sparse import SparseMask, compact, masks_of, to_dense
 
 __all__ = ["compacted", "load_sparse", "save_compacted", "save_dense", "save_sparse"]
 
 _KIND = "blokern sparse 1"
 _WORDS = "mask_words"
+#: Behind a zip archive, where its readers skip it: a file that a later export may replace.
+_OWN = b"blokern export\n"
 
 
 def save_dense(payload: Mapping[str, Any], source: str | Path, path: str | Path) -> None:
@@ -31,7 +34,7 @@ def save_dense(payload: Mapping[str, Any], source: str | Path, path: str | Path)
     """
     buffer = io.BytesIO()
     torch.save(to_dense(load_model(payload, source)).state_dict(), buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), _OWN)
 
 
 def save_compacted(
@@ -43,6 +46,7 @@ def save_compacted(
     """Write a checkpoint's network, without the channels that its masks make superfluous, as a torch.export program.
 
     The program is that of eval mode and takes any number of images; blokern need not be installed where it is loaded.
+    Its extra file "threat.json" is what the network was trained for (:class:`blokern.bilevel.ThreatModel`), or null.
     input_shape: C, H and W of the images; None for those of the recipe's data set. Raises as :func:`save_dense`, and
     CheckpointError as :func:`compacted` and :func:`blokern.bilevel.checkpoint.find_input_shape`.
 
@@ -56,8 +60,8 @@ def save_compacted(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # half of the file, and paths of this machine
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    write_atomically(path, buffer.getvalue())
+    torch.export.save(program, buffer, extra_files={"threat.json": _threat(payload, source)})
+    write_atomically(path, buffer.getvalue(), _OWN)
 
 
 def compacted(model: nn.Module, source: str | Path) -> nn.Module:
@@ -81,8 +85,8 @@ def save_sparse(payload: Mapping[str, Any], source: str | Path, path: str | Path
     """Write a checkpoint's network in the safetensors format, of a masked weight only what is kept.
 
     By parameter name, a masked weight is its kept values [kept], in row-major order; beside it is "mask_words", see
-    :class:`blokern.sparse.SparseMask`. All else is as in the state_dict. The metadata hold the weights' shapes and the
-    recipe. Raises as :func:`save_dense`, and ImportError without the safetensors library.
+    :class:`blokern.sparse.SparseMask`. All else is as in the state_dict. The metadata hold the weights' shapes, the
+    recipe and the threat model. Raises as :func:`save_dense`, and ImportError without the safetensors library.
 
     >>> save_sparse(checkpoint.load("best.pt"), "best.pt", "pruned.safetensors")
     """
@@ -94,6 +98,7 @@ def save_sparse(payload: Mapping[str, Any], source: str | Path, path: str | Path
         shapes[name] = list(shape)
         tensors[name] = weights[name][SparseMask.of_words(weights[_words_of(name)], shape).to_dense()]
     metadata = {"kind": _KIND, "shapes": json.dumps(shapes), "recipe": json.dumps(payload["recipe"])}
+    metadata["threat"] = _threat(payload, source)
     write_atomically(path, save(tensors, metadata))
 
 
@@ -119,11 +124,18 @@ def load_sparse(path: str | Path) -> dict[str, Any]:
         )
     try:
         shapes, recipe = json.loads(metadata["shapes"]), json.loads(metadata["recipe"])
+        told = {"threat": json.loads(metadata["threat"])} if "threat" in metadata else {}  # not in those of before
         for name in _masked(weights):
             weights[name] = _spread(weights[name], weights[_words_of(name)], torch.Size(shapes[name]))
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return {"recipe": recipe, "model": weights}
+    return {"recipe": recipe, "model": weights, **told}
+
+
+def _threat(payload: Mapping[str, Any], source: str | Path) -> str:
+    """What the network was trained for, in JSON."""
+    threat = ThreatModel.of_checkpoint(payload, source)
+    return json.dumps(None if threat is None else threat.plain())
 
 
 def _spread(values: Tensor, words: Tensor, shape: torch.Size) -> Tensor:

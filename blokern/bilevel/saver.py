@@ -10,10 +10,14 @@ from typing import Any
 
 from blokern.bilevel import checkpoint
 
-__all__ = ["LAST", "Saver", "latest"]
+__all__ = ["BEST", "LAST", "Saver", "latest", "whole_beside"]
 
 #: Where to continue. The ones before it are last-1.pt, last-2.pt, …
 LAST = "last.pt"
+#: The epoch of the highest accuracy.
+BEST = "best.pt"
+#: The most of last.pt that may be kept: each is a name more to move at every save.
+_MOST_KEPT = 1000
 #: Files on their way to the disk: an epoch's best.pt and last.pt, and so no more than two copies in memory.
 _UNDER_WAY = 2
 
@@ -36,6 +40,8 @@ class Saver:
     def __init__(self, folder: Path, keep_last: int = 1) -> None:
         if not isinstance(keep_last, int) or keep_last < 1:
             raise ValueError(f"keep_last must be a number >= 1, got {keep_last!r}")
+        if keep_last > _MOST_KEPT:
+            raise ValueError(f"keep_last must be at most {_MOST_KEPT}, got {keep_last}")
         self.folder = folder
         self.keep_last = keep_last
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -76,7 +82,10 @@ class Saver:
 
     def _write(self, name: str, data: bytes) -> None:
         if name == LAST:
-            for age in range(self.keep_last - 1, 0, -1):
+            there = 0
+            while there < self.keep_last - 1 and (self.folder / _previous(there)).exists():
+                there += 1
+            for age in range(there, 0, -1):
                 _link(self.folder / _previous(age - 1), self.folder / _previous(age))
         checkpoint.write_sealed(self.folder / name, data)
 
@@ -86,7 +95,7 @@ def latest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], P
 
     warn: is told of a damaged one. Raises CheckpointError if all are damaged, OSError for one that cannot be read.
     """
-    paths = [folder / LAST, *sorted(folder.glob("last-*.pt"), key=lambda path: int(path.stem[5:]))]
+    paths = _last_ones(folder)
     damaged: list[checkpoint.CheckpointError] = []
     for path in paths:
         try:
@@ -100,8 +109,30 @@ def latest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], P
             warn(f"{bad}; continuing from {path}")
         return found
     if damaged:
-        raise damaged[0]
+        whole = whole_beside(paths[0])
+        hint = "" if whole is None else f"; {whole} is whole: copy it to {paths[0].name} to continue from its epoch"
+        raise checkpoint.CheckpointError(f"{damaged[0]}{hint}")
     return None
+
+
+def whole_beside(path: Path) -> Path | None:
+    """Another checkpoint of the same run that can be read: its best.pt, or the newest last one; None without any.
+
+    >>> whole_beside(Path("runs/a/last.pt"))
+    PosixPath('runs/a/best.pt')
+    """
+    for other in [path.with_name(BEST), *_last_ones(path.parent)]:
+        if other.name != path.name and other.exists():
+            with contextlib.suppress(OSError, checkpoint.CheckpointError):
+                checkpoint.load(other)
+                return other
+    return None
+
+
+def _last_ones(folder: Path) -> list[Path]:
+    """Where to continue, the newest first."""
+    numbered = (path for path in folder.glob("last-*.pt") if path.stem[5:].isdecimal())
+    return [folder / LAST, *sorted(numbered, key=lambda path: int(path.stem[5:]))]
 
 
 def _previous(age: int) -> str:

@@ -77,7 +77,7 @@ class TrainSettings:
             ("lr", "positive and finite", 0 < self.lr < math.inf),
             ("momentum", f"in [{lowest}, 1)", lowest <= self.momentum < 1),
             ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
-            ("eps", "in (0, 1]", 0 < self.eps <= 1),
+            ("eps", f"in (0, 1]{_unit_hint(self.eps)}", 0 < self.eps <= 1),
             ("seed", "in [0, 2**63)", 0 <= self.seed < 2**63),
         ):
             if not fits:
@@ -86,3 +86,8 @@ class TrainSettings:
     def optimizer(self, model: nn.Module) -> SGD:
         """SGD over the model's parameters with these settings."""
         return SGD(model.parameters(), self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def _unit_hint(eps: float) -> str:
+    """For a budget that is given in 255ths."""
+    return f" (do you mean {eps:g}/255?)" if 1 < eps <= 255 else ""

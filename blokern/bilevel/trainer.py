@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from blokern.bilevel.step import (
     TwoBatchRule,
 )
 from blokern.bilevel.tensorboard import tensorboard
+from blokern.bilevel.threat import ThreatModel
 from blokern.bilevel.train_settings import TrainSettings
 from blokern.data import Batches, Splits
 from blokern.distributed import Processes, sync_batch_norm
@@ -71,13 +73,17 @@ class Trainer:
         checkpoint_minutes: save at least this often within an epoch; in any case after each epoch.
         keep_epochs: also save ``epoch-N.pt`` after these epochs, 0 being the start.
         keep_last: how many ``last.pt`` to keep, as ``last.pt``, ``last-1.pt``, …; a damaged one is passed over.
+        threat: what the network has been trained for before, where the rule does not attack itself, as in the
+            fine-tuning of a pruned network. Checkpoints carry it, or the rule's own (:class:`ThreatModel`).
+
+    Warns where the validation attacks with another eps than the rule.
 
     Raises:
         OSError: ``run_dir`` cannot be written.
         BlockingIOError: another process trains in ``run_dir``.
         FileExistsError: ``run_dir`` holds a run and ``resume`` is false.
         CheckpointError: the run there is damaged or another one.
-        ValueError: too few images.
+        ValueError: too few images, or a rule for images that do not lie in [0, 1], as those of ``splits`` do.
 
     >>> trainer = Trainer(FastBAT(model, settings.optimizer(model), method), splits, settings, "runs/a")
     >>> history = trainer.fit()
@@ -95,6 +101,7 @@ class Trainer:
         checkpoint_minutes: float = 10.0,
         keep_epochs: Collection[int] = (),
         keep_last: int = 1,
+        threat: ThreatModel | None = None,
     ) -> None:
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {checkpoint_minutes}")
@@ -102,6 +109,8 @@ class Trainer:
             raise ValueError(f"cycle_momentum needs an optimizer with momentum, got {rule.optimizer}")
         if len(splits.val) == 0:
             raise ValueError("splits.val must hold images to choose the best model by, got none")
+        #: What an attacker may do to the images that the network has been trained for; None for no attacker.
+        self.threat = _threat(rule, settings, threat)
         self.rule = rule
         self.processes = rule.processes if isinstance(rule, DistributedRule) else Processes()
         self.settings = settings
@@ -405,6 +414,7 @@ class Trainer:
     def _payload(self) -> dict[str, Any]:
         return {
             **self._identity,
+            "threat": None if self.threat is None else self.threat.plain(),
             "model": self.rule.model.state_dict(),
             "optimizer": self.rule.optimizer.state_dict(),
             **({"rule": self.rule.state_dict()} if isinstance(self.rule, StatefulRule) else {}),
@@ -420,6 +430,9 @@ class Trainer:
         checkpoint.check_same(
             "run", {key: payload.get(key) for key in self._identity}, self._identity, source
         )
+        if "threat" in payload:  # not in checkpoints of before
+            here = None if self.threat is None else self.threat.plain()
+            checkpoint.check_same("run", {"threat": payload["threat"]}, {"threat": here}, source)
         checkpoint.load_weights(self.rule.model, payload["model"], source)
         try:
             self.rule.optimizer.load_state_dict(payload["optimizer"])
@@ -477,6 +490,26 @@ class Trainer:
         if self.history:
             shown["val"] = accuracies(self.history[-1], digits=1)
         return shown
+
+
+def _threat(rule: object, settings: TrainSettings, before: ThreatModel | None) -> ThreatModel | None:
+    own = ThreatModel.of_rule(rule)
+    if own is None:
+        return before
+    if before not in (None, own):
+        raise ValueError(f"threat must be the rule's own, {own}, or None, got {before}")
+    if (own.clip_min, own.clip_max) != (0.0, 1.0):
+        raise ValueError(
+            f"rule.settings: clip_min and clip_max must be 0 and 1, as the trainer's images lie in [0, 1], "
+            f"got {own.clip_min:g} and {own.clip_max:g}"
+        )
+    if settings.val_steps and settings.eps != own.eps:
+        warnings.warn(
+            f"the validation attacks with settings.eps = {settings.eps:.4g}, the rule with eps = {own.eps:.4g}: "
+            "best.pt is chosen under the former, and said to be trained for the latter",
+            stacklevel=3,
+        )
+    return own
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

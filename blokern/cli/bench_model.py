@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from blokern.cli.compare import check_different
-from blokern.cli.evaluate import write_json
 from blokern.cli.options import INPUT_SHAPE, Integers, Option, make_parser, parse, set_threads
+from blokern.cli.output import JSON, check_files, write_json
+from blokern.cli.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +38,7 @@ def bench_model(argv: list[str]) -> int:
             Option("json", str, None, "also write the figures to this file"),
         ],
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
     options = parse(parser, argv)
     check_different("batch", options["batch"])
     for name, least in (("batch", min(options["batch"])), ("rounds", options["rounds"])):
@@ -50,8 +51,9 @@ def bench_model(argv: list[str]) -> int:
     from blokern._race import Case, report, run_case
     from blokern.bilevel import checkpoint
 
-    path = options["checkpoint"]
-    payload = checkpoint.load(path)
+    source = Source.open(options["checkpoint"])
+    path, payload = str(source.path), source.payload
+    check_files([("json", options["json"], JSON)], sources=[source.path])
     set_threads(options["threads"])
     model = checkpoint.load_model(payload, path).eval()
     shape = checkpoint.find_input_shape(model, payload, path, options["input_shape"])

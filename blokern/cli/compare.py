@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from blokern.cli.evaluate import attacked, write_json
+from blokern.cli.evaluate import attacked, check_attack
 from blokern.cli.info import machine
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
@@ -32,6 +32,8 @@ from blokern.cli.options import (
     select_device,
     train_options,
 )
+from blokern.cli.output import check_study_folder, write_json
+from blokern.cli.source import Source
 from blokern.cli.train import make_trainer, train_parser
 
 if TYPE_CHECKING:
@@ -76,6 +78,9 @@ def compare(argv: list[str]) -> int:
     test = data.load(options["data"], data_dir=options["data_dir"], test_limit=options["test_limit"]).test
     attack = {"attack": "pgd", "norm": "linf", "eps": options["eps"], "seed": 0}
     attack |= {option.name: options[option.name] for option in STRENGTH_OPTIONS}
+    check_attack(attack)
+    planned = [f"{entry.label}, seed {seed}" for entry in entries for seed in options["seeds"]]
+    check_study_folder(out, planned, _earlier)
     # All are parsed before the first run: a mistake in the last must not cost the time of the others.
     plans = {
         entry: [
@@ -93,7 +98,7 @@ def compare(argv: list[str]) -> int:
     }
     runs = {entry: [_run(entry, plan, test, attack) for plan in plans[entry]] for entry in entries}
     _write_results(out, runs, options)
-    print((out / "results.md").read_text(), end="")
+    print((out / "results.md").read_text(encoding="utf-8"), end="")
     return 0
 
 
@@ -140,6 +145,13 @@ def check_different(name: str, values: Sequence[object], hint: str = "") -> None
         raise ValueError(f"{name} must differ, got {', '.join(map(str, values))}{hint}")
 
 
+def _earlier(results: Mapping[str, Any]) -> list[str]:
+    """The runs of a results.json, in the words of `planned`."""
+    return [
+        f"{label}, seed {run['seed']}" for label, one in results["methods"].items() for run in one["runs"]
+    ]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of a comparison, finished."""
@@ -167,13 +179,13 @@ def _run(entry: Entry, options: Options, test: ImageDataset, attack: Options) ->
         path = trainer.run_dir / f"{name}.pt"
         stored = trainer.run_dir / f"test-{name}.json"
         question = {**attack, "images": len(test), "checkpoint": checkpoint.fingerprint(path)}
-        known = [*results.values(), *([json.loads(stored.read_text())] if stored.exists() else [])]
+        known = [*results.values(), *([json.loads(stored.read_text(encoding="utf-8"))] if stored.exists() else [])]
         # The last epoch is often the best one, and then one attack answers both.
         answers = [answer for answer in known if answer["question"] == question]
         if not answers:
-            payload = checkpoint.load(path)
-            answer = attacked(payload, path, test, select_device(options), **attack)
-            answers = [{"question": question, "epoch": payload["epoch"], **answer}]
+            source = Source.open(path)
+            answer = attacked(source, test, select_device(options), **attack)
+            answers = [{"question": question, "epoch": source.epoch, **answer}]
         results[name] = answers[0]
         write_json(stored, results[name])
     return Run(options["seed"], results["best"], results["last"], history)
@@ -186,7 +198,7 @@ def _write_results(out: Path, runs: Mapping[Entry, Sequence[Run]], options: Opti
     attack = next(iter(runs.values()))[0].best["attack"]
     rows = [
         f"{options['data']}, {options['model']}, eps {options['eps']:.4g}, {options['epochs']} epochs; "
-        f"{attack} on {next(iter(runs.values()))[0].best['samples']} test images; "
+        f"{attack} within that eps on {next(iter(runs.values()))[0].best['samples']} test images; "
         f"mean ± standard deviation over seeds {', '.join(map(str, options['seeds']))}.",
         "",
         f"| method | SA % | {attack} % | {attack} %, last epoch | s an epoch |",

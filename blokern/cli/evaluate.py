@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blokern.cli.options import (
@@ -21,15 +18,18 @@ from blokern.cli.options import (
     parse,
     select_device,
 )
+from blokern.cli.output import JSON, check_files, write_json
+from blokern.cli.source import Source
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from blokern.bilevel import ThreatModel
     from blokern.data import ImageDataset
     from blokern.distributed import Processes
 
-__all__ = ["ATTACKS", "attacked", "evaluate", "write_json"]
+__all__ = ["ATTACKS", "attacked", "check_attack", "evaluate"]
 
 ATTACKS = ("pgd", "apgd", "fgsm")
 
@@ -41,11 +41,17 @@ def evaluate(argv: list[str]) -> int:
         "Standard accuracy (SA) and robust accuracy (RA) of a checkpoint on the test images.",
         [
             Option("data", str, None, "data set (default: as trained)"),
-            Option("data_dir", str, None, "folder with the data set's files"),
+            Option("data_dir", str, None, "folder with the data set's files (default: as trained)"),
             TEST_LIMIT,
             Option("attack", str, "pgd", f"one of {', '.join(ATTACKS)}"),
-            Option("norm", str, "linf", "of the attack: linf, l2 or l1"),
-            Option("eps", Number, None, "budget of the attack, for pixels in [0, 1] (default: as trained)"),
+            Option("norm", str, None, "of the attack: linf, l2 or l1 (default: as trained, or linf)"),
+            Option(
+                "eps",
+                Number,
+                None,
+                "budget of the attack, for pixels in [0, 1] (default: as trained; needed where the training met no "
+                "attack, or one in another norm)",
+            ),
             *STRENGTH_OPTIONS,
             Option(
                 "surrogate", str, None, "fp32 or bf16: step by a faster copy of the network, judge by itself"
@@ -55,7 +61,7 @@ def evaluate(argv: list[str]) -> int:
             *MACHINE_OPTIONS,
         ],
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
     options = parse(parser, argv)
     check_known("attack", options["attack"], ATTACKS)
 
@@ -68,31 +74,61 @@ def evaluate(argv: list[str]) -> int:
 
 def _evaluate(options: Options, device: str, processes: Processes) -> None:
     from blokern import data
-    from blokern.bilevel import checkpoint
 
-    path = options["checkpoint"]
-    payload = checkpoint.load(path)
-    name = options["data"] or checkpoint.recipe_of(payload, path)["data"]["name"]
-    test = data.load(name, data_dir=options["data_dir"], test_limit=options["test_limit"]).test
-    words = ("attack", "norm", "eps", "steps", "restarts", "surrogate", "seed")
-    attack = {key: options[key] for key in words}
-    if attack["eps"] is None:
-        attack["eps"] = payload["settings"]["eps"]
-    result = attacked(payload, path, test, device, processes, **attack)
+    source = Source.open(options["checkpoint"])
+    check_files([("json", options["json"], JSON)], sources=[source.path])
+    name = options["data"] or source.data["name"]
+    threat = _budget(options, source)
+    words = ("attack", "steps", "restarts", "surrogate", "seed")
+    attack = {**{key: options[key] for key in words}, "norm": threat.norm, "eps": threat.eps}
+    check_attack(attack)
+    data_dir = options["data_dir"] or source.data_dir
+    test = data.load(name, data_dir=data_dir, test_limit=options["test_limit"]).test
+    result = attacked(source, test, device, processes, **attack)
     if not processes.leads:
         return
+    trained = ", as trained" if threat == source.threat else ""
     print(
-        f"{path}, epoch {payload['epoch']}, {result['samples']} test images of {name}:\n"
+        f"{source}, {result['samples']} test images of {name}:\n"
         f"SA {result['clean_accuracy']:.2%}, RA {result['robust_accuracy']:.2%} "
-        f"({result['attack']}, {result['norm']}, eps {result['eps']:.4g}) in {result['seconds']:.1f} s"
+        f"({result['attack']}, {threat}{trained}) in {result['seconds']:.1f} s"
     )
     if options["json"] is not None:
-        write_json(options["json"], {"checkpoint": path, "epoch": payload["epoch"], "data": name, **result})
+        about = {"checkpoint": str(source.path), "epoch": source.epoch, "data": name}
+        write_json(options["json"], {**about, **result})
+
+
+def _budget(options: Options, source: Source) -> ThreatModel:
+    """The threat model that the command line names, or else that of the training: none is made up."""
+    from blokern.attack.checks import check_norm
+    from blokern.bilevel import ThreatModel
+
+    trained = source.threat
+    norm: Any = options["norm"] or (trained.norm if trained else "linf")
+    check_norm(norm)
+    if options["eps"] is not None:
+        return ThreatModel(eps=options["eps"], norm=norm)
+    if trained is None:
+        why = "its training met no attack whose budget could be taken"
+    elif trained.norm != norm:
+        why = f"it was trained for {trained}, which says nothing of {norm}"
+    elif (trained.clip_min, trained.clip_max) != (0.0, 1.0):
+        why = f"it was trained for images in [{trained.clip_min:g}, {trained.clip_max:g}], and these lie in [0, 1]"
+    else:
+        return trained
+    raise ValueError(f"eps is needed for {source.path}: {why}; give --eps, such as --eps 8/255")
+
+
+def check_attack(attack: Options) -> None:
+    """Raise for what the attack would refuse, before anything is loaded or trained."""
+    from torch import Generator, nn
+
+    words = {key: value for key, value in attack.items() if key != "seed"}
+    _adversary(nn.Identity(), Generator(), **words)
 
 
 def attacked(
-    payload: Mapping[str, Any],
-    path: str | Path,
+    source: Source,
     test: ImageDataset,
     device: str,
     processes: Processes | None = None,
@@ -105,17 +141,11 @@ def attacked(
     from tqdm import tqdm
 
     from blokern.attack import evaluate
-    from blokern.bilevel import checkpoint
     from blokern.data import Batches
     from blokern.distributed import Processes
 
-    network = payload["recipe"]["model"]
-    if (test.images.shape[1], test.num_classes) != (network["in_channels"], network["num_classes"]):
-        raise ValueError(
-            f"data: {test.name} has {test.images.shape[1]} channels and {test.num_classes} classes, "
-            f"the network in {path} {network['in_channels']} and {network['num_classes']}"
-        )
-    model = checkpoint.load_model(payload, path).to(device)
+    model = source.network().to(device).eval()
+    _check_images(model, source, test)
     processes = processes or Processes()
     generator = torch.Generator(device)
     adversary = _adversary(model, generator, **attack)
@@ -131,6 +161,23 @@ def attacked(
     ) as bar:
         result = evaluate(model, bar, adversary, processes=processes)
     return {**attack, "seed": seed, "attack": adversary.name, **asdict(result)}
+
+
+def _check_images(model: nn.Module, source: Source, test: ImageDataset) -> None:
+    """Raise unless the network takes the images and tells as many classes as there are."""
+    from blokern.bilevel import checkpoint
+
+    shape = tuple(test.images.shape[1:])
+    network = source.recipe["model"]
+    channels, classes = network.get("in_channels", shape[0]), network.get("num_classes", test.num_classes)
+    if (shape[0], test.num_classes) != (channels, classes):
+        raise ValueError(
+            f"data: {test.name} has {shape[0]} channels and {test.num_classes} classes, "
+            f"the network in {source.path} {channels} and {classes}"
+        )
+    told = checkpoint.classes_of(model, source.path, shape)
+    if told != test.num_classes:
+        raise ValueError(f"data: {test.name} has {test.num_classes} classes, the network in {source.path} {told}")
 
 
 def _adversary(
@@ -152,10 +199,3 @@ def _adversary(
     if attack == "apgd":
         return APGD(model, eps, steps, norm, restarts, early_stop=True, **how)
     return PGD(model, eps, eps / 4, steps, norm, restarts, early_stop=True, **how)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write plain values for programs and people to read."""
-    from blokern.bilevel.checkpoint import write_atomically
-
-    write_atomically(path, f"{json.dumps(value, indent=2)}\n".encode())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from blokern.cli.options import INPUT_SHAPE, check_known, make_parser, parse
+from blokern.cli.output import EXPORT, check_files
+from blokern.cli.source import Source
 
 __all__ = ["FORMS", "export"]
 
@@ -20,23 +22,24 @@ def export(argv: list[str]) -> int:
         "weights and the masks' bits in the safetensors format; blokern.bilevel.export.load_sparse reads it.",
         [INPUT_SHAPE],
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
     parser.add_argument("--form", type=str, default="dense", help=f"one of {', '.join(FORMS)}")
     parser.add_argument("--out", type=str, required=True, help="the file to write")
     options = parse(parser, argv)
     check_known("form", options["form"], FORMS)
 
-    from blokern.bilevel import checkpoint
     from blokern.bilevel.export import save_compacted, save_dense, save_sparse
     from blokern.bilevel.masking import kept_of
+    from blokern.sparse import to_dense
 
-    source, out = options["checkpoint"], Path(options["out"])
-    payload = checkpoint.load(source)
+    source, out = Source.open(options["checkpoint"]), Path(options["out"])
+    check_files([("out", out, EXPORT)], sources=[source.path])
+    dense = sum(weight.nbytes for weight in to_dense(source.network()).state_dict().values())
     if options["form"] == "compacted":
-        save_compacted(payload, source, out, options["input_shape"])
+        save_compacted(source.payload, source.path, out, options["input_shape"])
     else:
         save = save_dense if options["form"] == "dense" else save_sparse
-        save(payload, source, out)
-    print(f"{out}: {out.stat().st_size:,} bytes; {source} has {Path(source).stat().st_size:,}")
-    print(kept_of(checkpoint.load_model(payload, source)))
+        save(source.payload, source.path, out)
+    print(f"{out}: {out.stat().st_size:,} bytes; the dense network's weights take {dense:,}")
+    print(kept_of(source.network()))
     return 0

@@ -35,6 +35,7 @@ __all__ = [
     "check_known",
     "first_line",
     "flag",
+    "in_words",
     "make_parser",
     "methods",
     "parse",
@@ -282,6 +283,14 @@ def set_threads(count: int) -> None:
 def pick(options: Options, settings: type) -> Options:
     """Those of the options that are fields of ``settings``."""
     return {field.name: options[field.name] for field in fields(settings) if field.name in options}
+
+
+def in_words(number: float) -> str:
+    """A number as a command line takes it: 8/255 for 0.03137…"""
+    parts = number * 255
+    if parts >= 1 and abs(parts - round(parts)) < 1e-9 and number != round(number, 4):
+        return f"{round(parts)}/255"
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def first_line(documented: object) -> str:

@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from blokern.cli.compare import Entry, check_different, mean_and_deviation, parse_entries
-from blokern.cli.evaluate import write_json
 from blokern.cli.info import machine
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
@@ -33,6 +32,7 @@ from blokern.cli.options import (
     settings_options,
     train_options,
 )
+from blokern.cli.output import check_study_folder, write_json
 from blokern.cli.train import train_parser
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _prune(options: Options, entries: Sequence[Entry], processes: Processes) -> 
 
     # All are made before the first run: a mistake in the last must not cost the time of the others.
     plans = [plan for entry in entries for plan in _plans(entry, options)]
+    planned = [_in_words(plan.label, plan.settings.density, plan.seed) for plan in plans]
+    processes.lead(lambda: check_study_folder(Path(options["out"]), planned, _earlier))
     rewinds = {plan.settings.rewind_epoch for plan in plans if plan.method == "imp"}  # type: ignore[attr-defined]
     training = {seed: _dense_training(options, seed) for seed in options["seeds"]}
     given = None if options["dense"] is None else given_dense(Path(options["dense"]), options)
@@ -115,7 +117,7 @@ def _prune(options: Options, entries: Sequence[Entry], processes: Processes) -> 
         runs += [study.run(plan) for plan in plans if plan.seed == seed]
     if processes.leads:
         _write_results(options, dense, runs)
-        print(Path(options["out"], "results.md").read_text(), end="")
+        print(Path(options["out"], "results.md").read_text(encoding="utf-8"), end="")
 
 
 # --- What is to be done -------------------------------------------------------------------------------------
@@ -188,6 +190,16 @@ def _dense_training(options: Options, seed: int) -> Options:
     return parse(train_parser("plain"), [*flags, f"--out={out}", "--resume"])
 
 
+def _in_words(label: str, density: float, seed: int) -> str:
+    return f"{label}, density {density:g}, seed {seed}"
+
+
+def _earlier(results: Mapping[str, Any]) -> list[str]:
+    """The runs of a results.json, as :func:`_in_words` has them."""
+    plans = [run["plan"] for run in results["runs"]]
+    return [_in_words(plan["label"], plan["settings"]["density"], plan["seed"]) for plan in plans]
+
+
 def _write_settings(options: Options) -> None:
     from blokern.bilevel.checkpoint import write_atomically
 
@@ -196,6 +208,8 @@ def _write_settings(options: Options) -> None:
         for key, value in options.items()
         if value is not None and key not in ("config", "debug", "out")
     }
+    if options["data_dir"] is not None:  # for commands that are given from elsewhere
+        kept["data_dir"] = str(Path(options["data_dir"]).absolute())
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     text = f"# blokern prune --config {SETTINGS} --out FOLDER\n{yaml.safe_dump(kept, sort_keys=False)}"

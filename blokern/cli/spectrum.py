@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from blokern.cli.evaluate import write_json
 from blokern.cli.options import MACHINE_OPTIONS, Option, check_known, make_parser, parse, select_device
+from blokern.cli.output import ANY_PICTURE, JSON, PICTURE, check_files, write_json
+from blokern.cli.source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from blokern.data import ImageDataset
@@ -47,7 +46,7 @@ def spectrum(argv: list[str]) -> int:
             *MACHINE_OPTIONS,
         ],
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
     options = parse(parser, argv)
     check_known("curvature", options["curvature"], CURVATURES)
     for name in ("batch_size", "top", "steps", "samples", "at_once"):
@@ -63,10 +62,12 @@ def spectrum(argv: list[str]) -> int:
     from blokern.curvature import GGNOperator, HessianOperator, hutchinson_trace, lanczos, spectral_density
     from blokern.data import Batches
 
-    path = options["checkpoint"]
-    payload = checkpoint.load(path)
-    train = _trained_on(payload, path, options["data_dir"], options["images"])
-    model = checkpoint.load_model(payload, path).to(device).eval()
+    source = Source.open(options["checkpoint"])
+    png = Path(options["png"] or source.path.with_name("spectrum.png"))
+    kind = PICTURE if options["png"] else ANY_PICTURE
+    check_files([("png", png, kind), ("json", options["json"], JSON)], sources=[source.path])
+    train = _trained_on(source, options["data_dir"], options["images"])
+    model = checkpoint.load_model(source.payload, source.path).to(device).eval()
     shown = sys.stderr.isatty()
     kind = {"hessian": HessianOperator, "ggn": GGNOperator}[options["curvature"]]
     operator = kind(model, F.cross_entropy, Batches(train, options["batch_size"]), progress=shown)
@@ -89,39 +90,28 @@ def spectrum(argv: list[str]) -> int:
     }
     title = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}[options["curvature"]]
     print(
-        f"{path}, epoch {payload['epoch']}: {title} of the loss over {len(train):,} training images of {train.name}, "
+        f"{source}: {title} of the loss over {len(train):,} training images of {train.name}, "
         f"{operator.shape[0]:,} parameters\n"
         f"largest eigenvalues:  {_words(result['largest'])}\n"
         f"smallest eigenvalues: {_words(result['smallest'])}\n"
         f"trace: {trace.value:.4g} ± {trace.standard_error:.2g}"
     )
-    png = Path(options["png"] or Path(path).with_name("spectrum.png"))
     plots.spectrum(density, operator.shape[0], title, png)
     print(f"density: {png}")
     if options["json"] is not None:
         masses = {"values": density.values.tolist(), "weights": density.weights.tolist()}
-        write_json(
-            options["json"], {"checkpoint": path, "epoch": payload["epoch"], **result, "density": masses}
-        )
+        about = {"checkpoint": str(source.path), "epoch": source.epoch}
+        write_json(options["json"], {**about, **result, "density": masses})
     return 0
 
 
-def _trained_on(
-    payload: Mapping[str, Any], path: str, data_dir: str | None, images: int | None
-) -> ImageDataset:
+def _trained_on(source: Source, data_dir: str | None, images: int | None) -> ImageDataset:
     """The training images of the checkpoint's run, or the first of them."""
-    from blokern import data
-    from blokern.bilevel import checkpoint
-
-    there = dict(checkpoint.recipe_of(payload, path).get("data", {}))
-    if "name" not in there:
-        raise checkpoint.CheckpointError(f"{path} does not say what data its network was trained on")
-    there["data_dir"] = data_dir or there.get("data_dir")
-    train = data.load(**there, seed=payload["settings"]["seed"]).train
+    train = source.splits(data_dir).train
     if images is None:
         return train
     if not 1 <= images <= len(train):
-        raise ValueError(f"images must be in [1, {len(train)}], the training images of {path}, got {images}")
+        raise ValueError(f"images must be in [1, {len(train)}], the training images of {source.path}, got {images}")
     return train.subset(range(images))
 
 

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blokern.cli.evaluate import write_json
 from blokern.cli.options import Options, select_device
+from blokern.cli.output import write_json
+from blokern.cli.source import Source
 from blokern.cli.train import load_data, make_trainer
 
 if TYPE_CHECKING:
@@ -110,13 +111,14 @@ def given_dense(path: Path, options: Options) -> Dense:
     """The dense network of a checkpoint, refused unless network and data are those of the options."""
     from blokern.bilevel import checkpoint
 
-    payload = checkpoint.load(path)
-    there, seed = checkpoint.recipe_of(payload, path), payload["settings"]["seed"]
-    _, here = load_data(options, seed)
+    source = Source.open(path)
+    checkpoint.check_finite(source.payload.get("model"), source.path)
+    there = {"data": source.data, "model": source.recipe["model"]}
+    _, here = load_data(options, source.seed)
     # The data first: the network's normalisation is theirs.
     for key, what in (("data", "data set"), ("model", "architecture")):
-        checkpoint.check_same(what, {key: there[key]}, {key: here[key]}, path)
-    return Dense(path, seed, None)
+        checkpoint.check_same(what, {key: there[key]}, {key: here[key]}, source.path)
+    return Dense(source.path, source.seed, None)
 
 
 def trained_dense(options: Options, keep_epochs: set[int], processes: Processes) -> Dense:
@@ -193,7 +195,7 @@ class Study:
         question = {"checkpoint": checkpoint.fingerprint(path), "images": len(self.splits.test)}
 
         def remembered() -> float | None:
-            if memory.exists() and (answer := json.loads(memory.read_text()))["question"] == question:
+            if memory.exists() and (answer := json.loads(memory.read_text(encoding="utf-8")))["question"] == question:
                 return float(answer["accuracy"])
             return None
 
@@ -300,6 +302,7 @@ class Study:
             resume=True,
             recipe={**self._method(plan, density), **self._recipe},
             checkpoint_minutes=self.options["checkpoint_minutes"],
+            threat=Source.open(self.dense.path).threat,
         )
 
     def _method(self, plan: Plan, density: float) -> dict[str, Any]:

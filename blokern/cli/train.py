@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import yaml
@@ -20,6 +21,7 @@ from blokern.cli.options import (
     Options,
     check_known,
     first_line,
+    in_words,
     make_parser,
     methods,
     parse,
@@ -27,6 +29,8 @@ from blokern.cli.options import (
     run_options,
     select_device,
 )
+
+from blokern.cli.output import check_run_folder
 
 if TYPE_CHECKING:
     from blokern.bilevel import Trainer
@@ -48,8 +52,10 @@ def train(argv: list[str]) -> int:
     check_known("method", method, methods())
     parser = train_parser(method)
     options = parse(parser, rest)
+    check_run_folder(Path(options["out"]))
     settings = Path(options["out"], SETTINGS)
-    if options["resume"] and settings.exists() and settings.read_text().startswith(_header(method)):
+    own = settings.exists() and settings.read_text(encoding="utf-8").startswith(_header(method))
+    if options["resume"] and own:
         # Before the flags: nothing has to be said again, and a flag that says otherwise is noticed.
         options = parse(parser, ["--config", str(settings), *rest])
     from blokern.bilevel.record import accuracies, ranking
@@ -60,7 +66,8 @@ def train(argv: list[str]) -> int:
         best = max(trainer.fit(), key=ranking)
         if processes.leads:
             print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
-            print(f"next: blokern evaluate {trainer.run_dir / 'best.pt'}")
+            budget = "" if trainer.threat else f" --eps {in_words(options['eps'])}"
+            print(f"next: blokern evaluate {quote(str(trainer.run_dir / 'best.pt'))}{budget}")
     return 0
 
 
@@ -114,6 +121,8 @@ def make_trainer(
         keep_last=options["keep_last"],
     )
     kept = {option.name: options[option.name] for option in run_options(method)}
+    if kept["data_dir"] is not None:  # for commands that are given from elsewhere
+        kept["data_dir"] = str(Path(kept["data_dir"]).absolute())
     text = yaml.safe_dump({key: value for key, value in kept.items() if value is not None}, sort_keys=False)
     words = (_header(method) + text).encode()
     processes.lead(lambda: write_atomically(trainer.run_dir / SETTINGS, words))
@@ -125,7 +134,7 @@ def load_data(options: Options, seed: int) -> tuple[Splits, Options]:
     from blokern import data, models
 
     data_options = {option.name: options[option.name] for option in DATA_OPTIONS if option.name != "data"}
-    splits = data.load(options["data"], **data_options, seed=seed)
+    splits = data.load(options["data"], **data_options, test_limit=options.get("test_limit"), seed=seed)
     del data_options["data_dir"]  # of this machine, not of the run
 
     network: Options = {

@@ -45,7 +45,7 @@ def test_compare_continues_and_repeats_nothing(tmp_path, monkeypatch):
 
     asked = []
     real = compare.attacked
-    monkeypatch.setattr(compare, "attacked", lambda *a, **k: asked.append(a[1]) or real(*a, **k))
+    monkeypatch.setattr(compare, "attacked", lambda *a, **k: asked.append(a[0].path) or real(*a, **k))
     assert cli.main(compare_command(tmp_path, "fast-at", "plain", seeds="0,1")) == 0
     assert {file: file.read_bytes() for file in done} == done
     # One epoch: the last is the best, so one attack a new run.
@@ -56,8 +56,8 @@ def test_compare_continues_and_repeats_nothing(tmp_path, monkeypatch):
     ]
 
     asked.clear()
-    assert cli.main([*compare_command(tmp_path, "fast-at", seeds="0"), "--steps=3"]) == 0
-    assert len(asked) == 1  # another attack is another question
+    assert cli.main([*compare_command(tmp_path, "fast-at", "plain", seeds="0,1"), "--steps=3"]) == 0
+    assert len(asked) == 4  # another attack is another question
 
 
 def test_compare_refuses_runs_of_other_settings(tmp_path, capsys):

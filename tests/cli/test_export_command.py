@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoints import half_of_the_filters, pruned, single_weights
+from checkpoints import NETWORK, half_of_the_filters, pruned, single_weights
 from commands import error
 
-from blokern import cli
+from blokern import cli, models
 from blokern.bilevel import checkpoint
 from blokern.bilevel.export import load_sparse
 
@@ -28,9 +28,10 @@ def network(tmp_path):
 def test_export_writes_a_form_and_says_how_large_it_is(network, tmp_path, capsys, form, load):
     file = tmp_path / "small.pt2"
     assert cli.main(["export", str(network), f"--form={form}", "--out", str(file)]) == 0
-    sizes = [f"{path.stat().st_size:,}" for path in (file, network)]
+    weights = models.build(**NETWORK).state_dict().values()
+    sizes = [f"{size:,}" for size in (file.stat().st_size, sum(weight.nbytes for weight in weights))]
     said, kept = capsys.readouterr().out.splitlines()
-    assert said == f"{file}: {sizes[0]} bytes; {network} has {sizes[1]}"
+    assert said == f"{file}: {sizes[0]} bytes; the dense network's weights take {sizes[1]}"
     assert kept == "50 % of the 20,488 masked weights kept, 50.85 % of all 20,843 parameters"
     assert len(load(file))
 

@@ -94,7 +94,8 @@ def test_every_network_keeps_what_was_asked_for_and_evaluates(study, tmp_path):
             / f"seed-{plan['seed']}"
             / "best.pt"
         )
-        command = ["evaluate", str(path), "--attack=fgsm", "--threads=1", "--json", str(tmp_path / "a.json")]
+        command = ["evaluate", str(path), "--attack=fgsm", "--eps=0.1", "--threads=1"]
+        command += ["--json", str(tmp_path / "a.json")]
         assert cli.main(command) == 0
         assert json.loads((tmp_path / "a.json").read_text())["clean_accuracy"] == run["accuracy"]
         model = checkpoint.load_model(checkpoint.load(path), path)

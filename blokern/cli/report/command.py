@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blokern.cli.options import MACHINE_OPTIONS, Option, Options, make_parser, parse, select_device
+from blokern.cli.output import PAGE, check_files
 
 if TYPE_CHECKING:
     from blokern.cli.report.pictures import Attacked
@@ -26,7 +27,7 @@ def report(argv: list[str]) -> int:
             Option("out", str, None, "the file to write (default: report.html in the first RUN)"),
             Option("images", int, 8, "test images to attack for each run; 0 shows none"),
             Option("steps", int, 20, "steps of PGD on them, of eps / 4"),
-            Option("data_dir", str, None, "folder with the data set's files"),
+            Option("data_dir", str, None, "folder with the data set's files (default: as trained)"),
             *MACHINE_OPTIONS,
         ],
     )
@@ -43,6 +44,7 @@ def report(argv: list[str]) -> int:
     from blokern.cli.report.runs import find_groups
 
     groups = find_groups(folders)
+    check_files([("out", out, PAGE)])
     data = page(groups, _attacks(groups, options)).encode()
     write_atomically(out, data)
     count = sum(len(group.runs) for group in groups)

@@ -137,7 +137,7 @@ def _attacks(attacks: Mapping[str, Attacked | str]) -> list[_Html]:
             parts.append(_tag("p", f"No images: {shown}", class_="note"))
             continue
         standing = int((shown.after == shown.labels).sum())
-        fact = f"{shown.attack}, linf, eps {shown.eps:.4g}: {standing} of {len(shown.labels)} stand."
+        fact = f"{shown.attack}, {shown.threat}, {shown.why}: {standing} of {len(shown.labels)} stand."
         parts.append(_tag("p", fact, class_="note"))
         amplified = 0.5 + (shown.x_adv - shown.x) * (0.5 / shown.eps if shown.eps > 0 else 0.0)
         rows = (

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from blokern import data
 from blokern.attack import PGD, eval_mode
-from blokern.bilevel import checkpoint
+from blokern.bilevel import ThreatModel
 from blokern.bilevel.record import Record
+from blokern.cli.source import Source
 
 __all__ = ["PANELS", "STYLES", "Attacked", "attacked", "curve_svg", "image_uri"]
 
@@ -99,37 +100,44 @@ def image_uri(image: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Attacked:
-    """Test images x [N, C, H, W], adversarial ones within eps of them, their labels [N], and what a network says
-    before and after."""
+    """Test images x [N, C, H, W], adversarial ones within a threat model of them, their labels [N], and what a network
+    says before and after. why: the threat model is this one."""
 
     x: Tensor
     x_adv: Tensor
     labels: Tensor
     before: Tensor
     after: Tensor
-    eps: float
+    threat: ThreatModel
+    why: str
     attack: str
+
+    @property
+    def eps(self) -> float:
+        return self.threat.eps
 
 
 def attacked(path: Path, count: int, steps: int, data_dir: str | None, device: str) -> Attacked:
-    """The first test images under PGD on a checkpoint's network, with the budget that it was trained for.
+    """The first test images under PGD on a checkpoint's network, with the budget that it was trained for, or else
+    validated with.
 
     Raises:
         OSError, ValueError, ImportError: the checkpoint does not say which network or data, or the data are not there.
+        FloatingPointError: its weights are not finite.
     """
-    payload = checkpoint.load(path)
-    recipe: Mapping[str, Any] = checkpoint.recipe_of(payload, path)
-    name = recipe.get("data", {}).get("name")
-    if name is None:
-        raise checkpoint.CheckpointError(f"{path} does not say which data it was trained on")
-    test = data.load(name, data_dir=data_dir, test_limit=count).test
+    source = Source.open(path)
+    name = source.data["name"]
+    test = data.load(name, data_dir=data_dir or source.data_dir, test_limit=count).test
     if test.images.shape[1] not in (1, 3):
         raise ValueError(f"{name} has images of {test.images.shape[1]} channels, which are no pictures")
-    model = checkpoint.load_model(payload, path).to(device)
-    eps = float(payload["settings"]["eps"])
-    pgd = PGD(model, eps, eps / 4, steps, generator=torch.Generator(device).manual_seed(0))
+    model = source.network().to(device)
+    threat, why = source.threat, "as trained"
+    if threat is None:
+        threat, why = ThreatModel(eps=float(source.payload["settings"]["eps"])), "as validated"
+    eps = threat.eps
+    pgd = PGD(model, eps, eps / 4, steps, threat.norm, generator=torch.Generator(device).manual_seed(0))
     x, y = next(iter(data.Batches(test.to(torch.device(device)), count)))
     x_adv = pgd(x, y)
     with torch.no_grad(), eval_mode(model):
         before, after = model(x).argmax(dim=1), model(x_adv).argmax(dim=1)
-    return Attacked(x.cpu(), x_adv.cpu(), y.cpu(), before.cpu(), after.cpu(), eps, pgd.name)
+    return Attacked(x.cpu(), x_adv.cpu(), y.cpu(), before.cpu(), after.cpu(), threat, why, pgd.name)

@@ -180,7 +180,7 @@ def _test(folder: Path, best: Path, training: Mapping[str, Any]) -> dict[str, An
     """What compare or prune have measured of this very best.pt."""
     for file in _test_files(folder, training["seed"]):
         try:
-            answer = json.loads(file.read_text())
+            answer = json.loads(file.read_text(encoding="utf-8"))
             if answer["question"]["checkpoint"] != checkpoint.fingerprint(best):
                 continue
             if "accuracy" in answer:
