@@ -112,7 +112,8 @@ def prunable(model: nn.Module, exclude: Sequence[str | nn.Module] = ()) -> dict[
             raise ValueError(f"model: {name!r} has no shape yet; run the model once before it is pruned")
     left_out = excluded(model, exclude)
     able = maskable(model)
-    found = {name: w for name, w in able.weights.items() if name not in left_out and w.numel()}
+    # By the model, not from the list: a masked layer has zeros for what it has pruned.
+    found = {n: model.get_parameter(n) for n, w in able.weights.items() if n not in left_out and w.numel()}
     skipped: dict[str, list[str]] = {}
     for name, why in able.skipped.items():
         if name not in left_out:
