@@ -57,7 +57,9 @@ def _constant(call: Call, shape: tuple[int, ...]) -> tuple[int | None, Tensor | 
     if any(vector is None for vector in vectors):
         return None, None
     known = iter(vectors)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(known).clone(), (call.args, dict(call.kwargs)))
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda _: next(known).expand(shape[dim]).clone(), (call.args, dict(call.kwargs))
+    )
     if "out" in kwargs:
         return None, None
     constant = call.func(*args, **kwargs).to(torch.float64)
@@ -70,7 +72,7 @@ def _constant(call: Call, shape: tuple[int, ...]) -> tuple[int | None, Tensor | 
     constant = constant.where(~nan, torch.nan)
     if call.name in ("mul", "mul_"):  # by whatever is not constant
         constant = constant.where(~zero, 0.0)
-    return dim, constant.expand(shape[dim]).contiguous()
+    return dim, constant
 
 
 def _vector(call: Call, place: int, dim: int) -> Any:

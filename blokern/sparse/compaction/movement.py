@@ -281,11 +281,14 @@ def cat(call: Call) -> Value:
 
 
 def stack(call: Call) -> Value:
-    rank = call.result.dim()
-    place = call.get("dim", 0) % rank
+    place = call.get("dim", 0) % call.result.dim()
     axes = _alike(call.channels, [value.axes for value in call.values], but=None)
     axes.insert(place, None)
-    return Value(axes, known=call.known)
+    dims = {value.dim for value in call.values if value.constant is not None}
+    if call.known or len(dims) != 1 or (dim := dims.pop()) is None:
+        return Value(axes, known=call.known)
+    constants = [value.along(dim, shape[dim]) for value, shape in zip(call.values, call.shapes, strict=True)]
+    return Value(axes, dim + (dim >= place), _agreed(constants))
 
 
 def _alike(channels: Channels, parts: Sequence[Sequence[Axis]], but: int | None) -> list[Axis]:

@@ -97,7 +97,7 @@ def matrix_product(call: Call) -> Value:
     outputs = weight.axes[outer]
     inputs = call.channels.same(features.axes[1 - inner], weight.axes[inner])
     axes = [left.axes[0], outputs] if right.known else [outputs, right.axes[1]]
-    where = axes.index(outputs) if outputs is not None else (1 if right.known else 0)
+    where = 1 if right.known else 0
     movable = False
     addend: Tensor | None = None
     if bias is not None:

@@ -55,9 +55,11 @@ class Value:
 
 @dataclass(eq=False)
 class Node:
-    """An op that ran: its name, and the shapes and axes of its results; what it read."""
+    """An op that ran: its name, its numbers if they count for what they are, the shapes and axes of its results and the
+    axes of what it read."""
 
     name: str
+    numbers: list[Any]
     shapes: list[tuple[int, ...]]
     outputs: list[list[Axis]]
     inputs: list[list[Axis]]
@@ -110,6 +112,13 @@ class Call:
     @property
     def result(self) -> Tensor:
         return self.results[0]
+
+    @property
+    def numbers(self) -> list[Any]:
+        """The arguments that are numbers, of an op to which they are values and not sizes or places."""
+        if torch.Tag.pointwise not in self.func.tags and self.name.removeprefix("new_") not in ("full", "fill_"):
+            return []
+        return [argument for argument in self._arguments.values() if isinstance(argument, (int, float))]
 
     def note(self, product: Product) -> None:
         """Say that the op is this product."""
@@ -189,7 +198,7 @@ class Recorder(TorchDispatchMode):
     def _node(self, call: Call, inputs: list[list[Axis]]) -> None:
         shapes = [tuple(tensor.shape) for tensor in call.results]
         axes = [self.value(tensor).axes for tensor in call.results]
-        self.nodes.append(Node(call.name, shapes, axes, inputs))
+        self.nodes.append(Node(call.name, call.numbers, shapes, axes, inputs))
 
     def _sharing(self, tensor: Tensor) -> list[Tensor]:
         """The other tensors in the same memory."""

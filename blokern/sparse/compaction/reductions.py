@@ -124,19 +124,24 @@ def batch_norm(call: Call) -> list[Value]:
 def _normalized(call: Call, constant: Tensor, training: bool) -> Tensor:
     """What BatchNorm in its mode makes of constant channels."""
 
-    def double(name: str) -> Tensor:
-        return call[name].detach().to("cpu", torch.float64)  # type: ignore[no-any-return]
-
     if training or call.get("running_mean") is None:
         normalized = torch.zeros_like(constant)  # its own mean
     else:
         eps = call.get("eps", call.get("epsilon"))
-        normalized = (constant - double("running_mean")) * (double("running_var") + eps).rsqrt()
-    if call.get("weight") is not None:
-        normalized = normalized * double("weight")
-    if call.get("bias") is not None:
-        normalized = normalized + double("bias")
-    return normalized.where(~constant.isnan(), torch.nan)
+        normalized = (constant - _double(call["running_mean"])) * (_double(call["running_var"]) + eps).rsqrt()
+    return _affine(call, normalized).where(~constant.isnan(), torch.nan)
+
+
+def _affine(call: Call, normalized: Tensor) -> Tensor:
+    if call["weight"] is not None:
+        normalized = normalized * _double(call["weight"])
+    if call["bias"] is not None:
+        normalized = normalized + _double(call["bias"])
+    return normalized
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def group_norm(call: Call) -> list[Value]:
@@ -153,8 +158,17 @@ def group_norm(call: Call) -> list[Value]:
         by_group = rows[:, 0].contiguous()
     axes = list(value.axes)
     axes[1] = axis
-    statistics = [Value([axes[0], by_group]) for _ in call.results[1:]]
-    return [Value(axes, known=call.known), *statistics]
+    found = Value(axes, known=call.known)
+    if value.dim == 1 and value.constant is not None:
+        found.dim, found.constant = 1, _standardised(call, value.constant.view(groups, -1))
+    return [found, *(Value([axes[0], by_group]) for _ in call.results[1:])]
+
+
+def _standardised(call: Call, constant: Tensor) -> Tensor:
+    """What GroupNorm makes of groups all of whose channels are constant; of the others, NaN."""
+    variance, mean = torch.var_mean(constant, 1, correction=0, keepdim=True)
+    normalized = ((constant - mean) * (variance + call["eps"]).rsqrt()).flatten()
+    return _affine(call, normalized)
 
 
 def layer_norm(call: Call) -> list[Value]:

@@ -64,6 +64,8 @@ class Rereading(Recorder):
         if place >= len(self._expected) or self._expected[place].name != call.name:
             raise Disagreement(place, f"{call.name} takes place that is not in the network's forward")
         node = self._expected[place]
+        if node.numbers != call.numbers:
+            raise Disagreement(place, f"{call.name} takes {call.numbers} for {node.numbers}")
 
         def checked(call: Call) -> list[Value]:
             try:
