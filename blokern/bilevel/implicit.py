@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -32,13 +33,17 @@ def implicit_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """θ ⊙ (g − H q) − g ⊙ q with q = (M H M + γ I)⁻¹ (m ⊙ g), and the system's relative residual, a scalar.
 
-    grads: g by the names of masked weights, dense; theta: θ, None for no pruned weights but zeros; H is ∇²_w ℓ of the batch. The solver's products with H and one more.
-    average_: of each product over the processes that have a part of the batch, in place.
+    grads: g by the names of masked weights, dense; theta: θ, None if pruned weights are zeros; H is ∇²_w ℓ of the batch,
+    by the model as it is: what a pass changes in it is put back. The solver's products with H and one more. average_: of
+    each product over the processes that have a part of the batch, in place. ValueError for a name that is no masked
+    layer's weight, or a gamma that is not positive and finite, and as the solver raises.
 
     Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, before H is taken for zero.
 
     >>> along, residual = implicit_gradient(model, cross_entropy, (x, y), grads, gamma=1.0, solve=cg_solve)
     """
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
     layers: dict[str, MaskedLayer] = {name: _layer(model, name) for name in grads}
     names, data = [*map(_inner, grads)], [(batch, batch[1])]
     b = {_inner(name): grad * layers[name].mask.to_dense() for name, grad in grads.items()}
@@ -61,19 +66,19 @@ def implicit_gradient(
 
 @contextmanager
 def dense_grad(layers: Iterable[MaskedLayer]) -> Iterator[None]:
-    """Inside, derivatives of the layers are those by m ⊙ θ.
+    """Inside, derivatives of the layers are those by m ⊙ θ; outside, what they were.
 
     >>> with dense_grad(layers):
     ...     grads = torch.autograd.grad(loss(), [layer.weight for layer in layers])
     """
-    layers = list(layers)
+    before = [(layer, layer.dense_grad) for layer in layers]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer.dense_grad = True
         yield
     finally:
-        for layer in layers:
-            layer.dense_grad = False
+        for layer, dense in before:
+            layer.dense_grad = dense
 
 
 class _Averaged:
@@ -109,6 +114,9 @@ def _first(loss: Tensor, y: Tensor) -> Tensor:
 
 
 def _layer(model: nn.Module, name: str) -> MaskedLayer:
-    layer = model.get_submodule(name.rpartition(".")[0])
-    assert isinstance(layer, MaskedConv2d | MaskedLinear)
+    path, _, leaf = name.rpartition(".")
+    layer = dict(model.named_modules()).get(path)
+    if leaf != "weight" or not isinstance(layer, MaskedConv2d | MaskedLinear):
+        got = "no such module" if layer is None else type(layer).__name__
+        raise ValueError(f"grads: {name!r} must be the weight of a masked layer, got {got}")
     return layer

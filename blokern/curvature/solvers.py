@@ -54,8 +54,9 @@ def cg_solve(
     x0: where to start, None for zero. preconditioner: an approximate inverse of A, symmetric and positive definite, of
     dicts or stacks like b, which it may write to. A system stops where its residual is `tol` of ‖b‖, where A shows to
     be indefinite, which is a warning, or after max_steps. What seems to have converged is looked at by one product
-    more, and goes on if that shows rounding errors, as long as it helps. Entries of b and A may be of any size. In half
-    precision the iteration is in float32, and converges as far as the operator's products allow.
+    more, and goes on where that is larger than a product's rounding errors, as long as it helps: in float32, a residual
+    of 1e-5 may be out of reach from a condition of some 1000 on. Entries of b and A may be of any size. In half
+    precision the iteration is in float32.
 
     Raises ValueError for a b or x0 that does not fit, or is not finite, and for a preconditioner that is not positive
     definite; FloatingPointError if products or x are not finite.
@@ -63,7 +64,7 @@ def cg_solve(
     Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952; van der Vorst and Ye,
     "Residual Replacement Strategies for Krylov Subspace Iterative Methods", 2000.
 
-    >>> ggn = GGNOperator(model, F.cross_entropy, loader, damping=1e-3)
+    >>> ggn = GGNOperator(model, F.cross_entropy, loader, damping=1e-2)
     >>> solution = cg_solve(ggn, gradient)
     >>> bool(solution.converged), bool(solution.indefinite)
     (True, False)
@@ -169,12 +170,14 @@ class _Start(NamedTuple):
 
 
 class _End(NamedTuple):
-    """Where it ends. length: of the r that it carried; reached: whether that is the goal; failed: it cannot be."""
+    """Where it ends. length: of the r that it carried; reached: whether that is the goal; failed: it cannot be.
+    largest: an estimate of A's largest eigenvalue."""
 
     x: list[Tensor]
     length: Tensor
     reached: Tensor
     failed: Tensor
+    largest: Tensor
 
 
 class _Budget:
@@ -219,9 +222,10 @@ def _solve(
         r, by, residual = normalized(_residual(space, right, x))
         budget.taken += 1
     failed, best = torch.zeros_like(size, dtype=torch.bool), torch.full_like(size, math.inf)
+    rounding = torch.zeros_like(size)
     while True:
         converged = residual <= budget.tol * size
-        wanted = ~(converged | failed) & (residual < best / 2)
+        wanted = ~(converged | failed) & (residual < best / 2) & (residual > rounding)
         if budget.left == 0 or not wanted.any():
             break
         best = torch.where(wanted, residual, best)
@@ -233,6 +237,7 @@ def _solve(
         if not end.reached.any():
             break
         r, by, residual = normalized(_residual(space, right, x))
+        rounding = space.eps * end.largest * normalized(x)[2]
     budget.close()
     if not all(t.isfinite().all() for t in x):
         raise FloatingPointError("x is not finite: it is too large for its dtype")
@@ -261,6 +266,7 @@ def _conjugate_gradients(
     x, one = [torch.zeros_like(t) for t in r], torch.ones_like(length)
     going = start.wanted.clone()
     reached, indefinite, broken, unfit = (torch.zeros_like(going) for _ in range(4))
+    largest = torch.zeros_like(length)
     by: Tensor | None = None
 
     def precondition(r: list[Tensor]) -> list[Tensor]:
@@ -283,6 +289,8 @@ def _conjugate_gradients(
         broken |= going & ~curvature.isfinite()
         indefinite |= going & (curvature <= 0)
         going &= ~(broken | indefinite)
+        of = rz if z is r else ops.multi_tensor_dot(p, p)  # of p = r + …, by rᵀr, 1 / α is no larger than A
+        largest = torch.where(going, torch.maximum(largest, curvature / of), largest)
         squares = ops.cg_update_(x, r, p, ap, torch.where(going, rz / curvature, 0.0))
         length = squares.sqrt()
         reached |= going & (length <= goal)
@@ -296,7 +304,7 @@ def _conjugate_gradients(
         raise FloatingPointError("operator @ v must be finite, and vᵀAv within the range of its dtype")
     if preconditioner is not None and unfit.any():
         raise ValueError("preconditioner must be positive definite: rᵀ preconditioner(r) is not positive")
-    return _End(x, length, reached, indefinite)
+    return _End(x, length, reached, indefinite, largest)
 
 
 def _neumann_series(space: Space, start: _Start, budget: _Budget, scale: float) -> _End:
@@ -314,7 +322,7 @@ def _neumann_series(space: Space, start: _Start, budget: _Budget, scale: float) 
         going &= ~(reached | diverged)
     if not length.isfinite().all() and not all(t.isfinite().all() for t in image):
         raise FloatingPointError("operator @ v must be finite")
-    return _End(x, length, reached, diverged)
+    return _End(x, length, reached, diverged, torch.full_like(length, 1 / scale))
 
 
 def _apart(t: Tensor, from_: Tensor) -> Tensor:

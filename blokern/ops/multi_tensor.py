@@ -3,8 +3,10 @@
 A list has one tensor a parameter, each a stack [K, ...] of K columns, of any strides, float64, float32, bfloat16 or
 float16 (arithmetic at least float32, sums over blocks in float64). Coefficients and sums are float64 [K] on the
 tensors' device and stay there: nothing waits for a number. The order of a column's sums depends on its tensors' sizes
-alone, not on threads or on the columns beside it. On a device without kernels they are plain torch. None of these ops
-has a derivative. Errors are ValueError or TypeError, naming the argument, before anything is written.
+alone, not on threads or on the columns beside it. A product of two entries is one of that arithmetic: in float32 those
+of entries below 1e-19 vanish, above 1e19 they are infinite, so scale lists of such first, as `blokern.curvature`'s
+solvers do. On a device without kernels they are plain torch. None of these ops has a derivative. Errors are ValueError
+or TypeError, naming the argument, before anything is written.
 """
 
 from __future__ import annotations
