@@ -71,6 +71,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._origins: list[tuple[int | None, Meta | None]] = []
         # The node of the last clone.
         self._clone = -1
+        # Values of views that were changed in place.
+        self._written_views: set[int] = set()
         # Values of our own ops inside a Function: torch.library's, which the witness has to confirm.
         self._own: set[int] = set()
         self._parameters = {name: self._new_value(p, None, _meta(p)) for name, p in parameters.items()}
@@ -105,6 +107,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _confirm(self, value: int, t: Tensor, node: Any) -> None:
         """Refuse the tape unless t is still what it was, and what the op on the tape made of its arguments."""
         number, meta = self._origins[value]
+        if value in self._written_views and node is not None:
+            node = node.next_functions[0][0]
         if number != (None if node is None else node._sequence_nr()):
             self.refuse(str(node and node.name()))
         elif meta is not None and (meta.shape != t.shape or meta.dtype != t.dtype):
@@ -211,8 +215,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._values[t] = str(func)
         if op is not None:
             last = _last_node()
-            # Where autograd needs the old value, it clones that when the op has its node already.
-            self._push(op, written[0], last - 1 if last == self._clone else last)
+            if written[0]._is_view():
+                # Autograd writes it into the base, by a node to come, and takes the view from there anew.
+                self._push(op, written[0], last + 1)
+                self._written_views.add(op.output)
+            else:
+                # Where autograd needs the old value, it clones that when the op has its node already.
+                self._push(op, written[0], last - 1 if last == self._clone else last)
         return func(*args, **kwargs)
 
     def _twin(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor) -> Op | None:

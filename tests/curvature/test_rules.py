@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "logaddexp": (torch.logaddexp, (VECTORS, (3,))),
     "clamp by tensors": (lambda a, b: torch.clamp(a, b - 0.2, b + 0.3), (VECTORS, (3,))),
     "clamp min by tensor": (lambda a, b: torch.clamp(a, min=b), (VECTORS, (3,))),
-    "clamp max by tensor": (lambda a, b: torch.clamp(a, max=b), (VECTORS, (3,))),
+    "clamp max by tensor": (lambda a, b: torch.clamp_max(a, b), (VECTORS, (3,))),
     "lerp": (partial(torch.lerp, weight=0.3), (VECTORS, VECTORS)),
     "lerp by tensor": (torch.lerp, (VECTORS, VECTORS, VECTORS)),
     "index add": (lambda a, b: a.index_add(0, torch.tensor([0, 2, 0]), b, alpha=2), (VECTORS, (3, 3))),
