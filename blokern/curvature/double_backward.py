@@ -150,7 +150,7 @@ class DoubleBackward:
     ) -> tuple[Maybe, ...]:
         """Gradients that can be differentiated; RuntimeError, naming what they go through, if they cannot."""
         final: dict[str, Node] = {}
-        handles = []
+        handles: list[Any] = []
         for node in _nodes(self._loss):
             if isinstance(node, torch.autograd.function.BackwardCFunction):
 
@@ -188,16 +188,18 @@ class DoubleBackward:
 
 def _nodes(t: Tensor, stop: Collection[tuple[Node, int]] = ()) -> list[Node]:
     """The nodes of t's graph, but for what lies behind the places to stop at."""
-    return [] if t.grad_fn is None else _behind([(t.grad_fn, t.output_nr)], stop)
+    return _behind([(t.grad_fn, t.output_nr)], stop)
 
 
-def _behind(places: list[tuple[Node, int]], stop: Collection[tuple[Node, int]] = ()) -> list[Node]:
+def _behind(places: Sequence[tuple[Node | None, int]], stop: Collection[tuple[Node, int]] = ()) -> list[Node]:
+    """The nodes at these places, and all that their gradients go on to."""
     seen: dict[Node, None] = {}
-    while places:
-        place = places.pop()
-        if place[0] is not None and place not in stop and place[0] not in seen:
-            seen[place[0]] = None
-            places.extend(place[0].next_functions)
+    left = [*places]
+    while left:
+        node, place = left.pop()
+        if node is not None and (node, place) not in stop and node not in seen:
+            seen[node] = None
+            left.extend(node.next_functions)
     return [*seen]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blokern.curvature.double_backward import DoubleBackward, outputs_of
 from blokern.curvature.outputs import check_split, tensors_in
@@ -255,8 +256,8 @@ def record(
         output = model(at)
         split = recorder.mark()
         tensors, opaque = tensors_in(output)
-        values = [recorder.value(t) for t in tensors]  # before loss_fn may change them in place
-        outputs = outputs_of(tensors)
+        with torch._C.DisableTorchFunction():  # before loss_fn may change them in place
+            values, outputs = [recorder.value(t) for t in tensors], outputs_of(tensors)
         loss = loss_fn(output, y)
     _check_recorded(loss, parameters)
     if not math.isfinite(loss.item()):
@@ -272,6 +273,10 @@ def record(
 
 
 def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    if names := [name for name, p in parameters.items() if is_lazy(p)]:
+        raise ValueError(
+            f"parameters must have shapes, got lazy {', '.join(names)}: run the model once before"
+        )
     if names := [name for name, p in parameters.items() if p.is_complex()]:
         raise TypeError(
             f"parameters must be real, got complex {', '.join(names)}: keep the real and the imaginary part as two"

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blokern.curvature.op import Call, Meta, Op
@@ -68,15 +67,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Which ops have saved a tensor of a storage, and in which place.
         self._savers: dict[int, list[tuple[Op, int]]] = {}
         # Of each value: the number of its node in autograd's graph, None for a leaf, and what it looks like.
-        self._origins: list[tuple[int | None, Meta | None]] = []
+        self._origins: list[tuple[int | None, Meta]] = []
         # The node of the last clone.
         self._clone = -1
         # Values of views that were changed in place.
         self._written_views: set[int] = set()
         # Values of our own ops inside a Function: torch.library's, which the witness has to confirm.
         self._own: set[int] = set()
-        self._parameters = {name: self._new_value(p, None, _meta(p)) for name, p in parameters.items()}
-        self._x = None if x is None else self._new_value(x, None, _meta(x))
+        self._parameters = {
+            name: self._new_value(p, None, Meta(p.shape, p.dtype)) for name, p in parameters.items()
+        }
+        self._x = None if x is None else self._new_value(x, None, Meta(x.shape, x.dtype))
         for name, p in parameters.items():
             if _is_hooked(p):
                 self.refuse(f"a hook on the gradient of {name}")
@@ -111,7 +112,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node = node.next_functions[0][0]
         if number != (None if node is None else node._sequence_nr()):
             self.refuse(str(node and node.name()))
-        elif meta is not None and (meta.shape != t.shape or meta.dtype != t.dtype):
+        elif meta.shape != t.shape or meta.dtype != t.dtype:
             self.refuse(f"a tensor of shape {tuple(meta.shape)} that became one of {tuple(t.shape)} unseen")
         elif value in self._own and "_blokern_" not in node.name():
             self.refuse(node.name())
@@ -184,7 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for place, t in enumerate(op.saved):
             self._savers.setdefault(_storage(t), []).append((op, place))
 
-    def _new_value(self, t: Tensor, number: int | None, meta: Meta | None) -> int:
+    def _new_value(self, t: Tensor, number: int | None, meta: Meta) -> int:
         value = len(self._origins)
         self._values[t] = value
         self._origins.append((number, meta))
@@ -260,11 +261,6 @@ def _last_node() -> int:
 def _is_hooked(p: Tensor) -> bool:
     """Whether somebody changes the gradient of a parameter, which only autograd would ask."""
     return bool(p._backward_hooks)
-
-
-def _meta(t: Tensor) -> Meta | None:
-    """None for a parameter whose shape its first use will tell."""
-    return None if is_lazy(t) else Meta(t.shape, t.dtype)  # type: ignore[no-untyped-call]
 
 
 def _alias(t: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ __all__ = ["Watch", "as_in_forward"]
 
 
 class Watch(TorchFunctionMode):
-    """Tells the recorder, if there is one, what the dispatcher does not see, and takes ops apart that torch has no right
-    second derivatives of."""
+    """Tells the recorder, if there is one, what the dispatcher does not see, and takes ops apart that torch has no
+    right second derivatives of."""
 
     def __init__(self, recorder: Recorder | None) -> None:
         super().__init__()
@@ -33,19 +33,17 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         func = _ELEMENTARY.get(func, func)
         if self._recorder is not None:
-            if func is Tensor.register_hook:  # which only autograd would call
-                self._recorder.refuse("a hook on the gradient of an activation")
-            elif func == _SET_DATA:
+            if func == _SET_DATA:
                 self._recorder.preserve(args[0])
-                if not args[0].is_leaf:
-                    self._recorder.refuse("an activation whose data was replaced")
+            if (why := _REFUSED.get(func)) is not None and not args[0].is_leaf:
+                self._recorder.refuse(why)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def as_in_forward(recorder: Recorder | None = None) -> Iterator[None]:
-    """What a model runs under, and runs again where a checkpoint runs it again: eagerly, and attention in its elementary
-    form, as its fused forms have no second derivative."""
+    """What a model runs under, and where a checkpoint runs it again: eagerly, and attention in its elementary form, as
+    its fused forms have no second derivative."""
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), Watch(recorder):
         yield
 
@@ -55,7 +53,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+
+#: What is done to an activation that only autograd would follow: hooks, on nodes too, as modules' old ones are.
+_REFUSED: dict[Any, str] = {
+    Tensor.register_hook: "a hook on the gradient of an activation",
+    vars(torch._C.TensorBase)["grad_fn"].__get__: "a look at autograd's graph, where hooks may be put",
+    _SET_DATA: "an activation whose data was replaced",
+}
 
 #: What torch has no right second derivative of, and its elementary form.
 _ELEMENTARY: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}

@@ -150,7 +150,9 @@ def test_a_freed_graph_says_so(problem: tuple[nn.Module, Tensor, Tensor]) -> Non
     at_x = linearize(model, F.cross_entropy, x, y)
     at_x.release()
     assert at_x.grad_input.shape == x.shape
-    with pytest.raises(RuntimeError, match=r"hvp: release\(\) has freed what the forward pass left: linearize again"):
+    with pytest.raises(
+        RuntimeError, match=r"hvp: release\(\) has freed what the forward pass left: linearize again"
+    ):
         at_x.hvp(v)
 
 

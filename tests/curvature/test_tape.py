@@ -239,7 +239,7 @@ REFUSED: dict[Forward, str] = {
     custom_function: "DoubledBackward",
     custom_function_of_parameter: "DoubledBackward",
     tensor_hook: "a hook on the gradient of an activation",
-    module_hook: "BackwardHookFunctionBackward",
+    module_hook: "a look at autograd's graph",
     view_written: "in place",
     base_written: "in place",
     alias_written: "in place",

@@ -42,9 +42,9 @@ class Derived(Op):
     def tangent(self, *tangents: Maybe) -> Maybe:
         slots = [slot for slot, t in enumerate(tangents) if t is not None]
         f, at = self._at(slots)
-        y, pull = torch.func.vjp(f, *at)
+        y, pull, *_ = torch.func.vjp(f, *at)
         # pull is linear, and push its transpose; but some pulls know no derivative at zero.
-        _, push = torch.func.vjp(pull, torch.ones_like(y))
+        _, push, *_ = torch.func.vjp(pull, torch.ones_like(y))
         y_dot: Tensor = push(tuple(tangents[slot] for slot in slots))[0]
         return y_dot
 
