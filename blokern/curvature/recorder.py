@@ -216,7 +216,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._values[t] = str(func)
         if op is not None:
             last = _last_node()
-            if written[0]._is_view():
+            if written[0]._is_view() and not _changes_view(func):
                 # Autograd writes it into the base, by a node to come, and takes the view from there anew.
                 self._push(op, written[0], last + 1)
                 self._written_views.add(op.output)

@@ -35,7 +35,8 @@ class Watch(TorchFunctionMode):
         if self._recorder is not None:
             if func == _SET_DATA:
                 self._recorder.preserve(args[0])
-            if (why := _REFUSED.get(func)) is not None and not args[0].is_leaf:
+            why = _REFUSED.get(func)
+            if why is not None and (func is Tensor.register_hook or not args[0].is_leaf):
                 self._recorder.refuse(why)
         return func(*args, **(kwargs or {}))
 
@@ -55,9 +56,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 _SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
 
-#: What is done to an activation that only autograd would follow: hooks, on nodes too, as modules' old ones are.
+#: What only autograd would follow: hooks, and of activations also hooks on nodes, as modules' old ones are.
 _REFUSED: dict[Any, str] = {
-    Tensor.register_hook: "a hook on the gradient of an activation",
+    Tensor.register_hook: "a hook on a gradient",
     vars(torch._C.TensorBase)["grad_fn"].__get__: "a look at autograd's graph, where hooks may be put",
     _SET_DATA: "an activation whose data was replaced",
 }

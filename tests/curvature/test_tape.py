@@ -238,7 +238,7 @@ def inner_gradient(net: Net, x: Tensor) -> Tensor:
 REFUSED: dict[Forward, str] = {
     custom_function: "DoubledBackward",
     custom_function_of_parameter: "DoubledBackward",
-    tensor_hook: "a hook on the gradient of an activation",
+    tensor_hook: "a hook on a gradient",
     module_hook: "a look at autograd's graph",
     view_written: "in place",
     base_written: "in place",
