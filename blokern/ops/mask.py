@@ -86,9 +86,9 @@ class SparseMask:
     def update_(self, mask: Tensor | SparseMask) -> SparseMask:
         """Take the bits of `mask`, of the same shape. Where they are the same, what was made of them stays good."""
         new = self._like(mask)
-        if self._is_damaged() or not torch.equal(new.words, self.words):
+        if self.is_damaged() or not torch.equal(new.words, self.words):
             changing = None if self.on_change is None else self.on_change()
-            if changing is not None and not self._is_damaged():
+            if changing is not None and not self.is_damaged():
                 changing(self)
             self.words.copy_(new.words)
             if self._check is not None:
@@ -166,7 +166,8 @@ class SparseMask:
             self._trusted = truth
         self._cache, self._seen = {}, state
 
-    def _is_damaged(self) -> bool:
+    def is_damaged(self) -> bool:
+        """Whether the bits do not fit their check."""
         try:
             self.valid()
         except ValueError:
@@ -197,7 +198,7 @@ class SparseMask:
 
     def to_dense(self) -> Tensor:
         """The mask as bool, in its shape."""
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self.valid()
         dense: Tensor = torch.ops.blokern.words_mask(self.words, self.cols)
         return dense.view(self.shape)

@@ -22,7 +22,8 @@ def masked_weight(weight: Tensor, mask: SparseMask, *, dense_grad: bool = False)
     >>> masked_weight(torch.ones(1, 2), SparseMask(torch.tensor([[True, False]])))
     tensor([[1., 0.]])
     """
-    check_mask(mask, weight, "weight")
+    if not torch.jit.is_tracing():  # which would warn of it
+        check_mask(mask, weight, "weight")
     kept = mask.to_dense()
     if dense_grad:
         straight: Tensor = _StraightThrough.apply(weight, kept)  # type: ignore[no-untyped-call]

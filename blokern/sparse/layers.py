@@ -181,7 +181,8 @@ class Masked(nn.Module):
         self._own()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.clear_weight()
+        if not self.mask.is_damaged():  # whoever loads it is told
+            self.clear_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
