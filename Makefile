@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Idle threads sleep, so that neighbours on the machine do not slow everything down tenfold; OMP_WAIT_POLICY=ACTIVE
+# in the environment overrides it.
+test demo: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test setup build bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz fuzz-networks zoo
 .DEFAULT_GOAL := build

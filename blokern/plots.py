@@ -278,5 +278,7 @@ def _show(axes: Any, image: Tensor) -> None:
 
 def _write(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": f"blokern {figure.get_label()}".strip()})
+    figure.savefig(
+        buffer, format="png", dpi=110, metadata={"Software": f"blokern {figure.get_label()}".strip()}
+    )
     write_atomically(path, buffer.getvalue())

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from blokern._names import unknown_name
 from blokern.attack.outputs import logits_of
@@ -75,6 +74,8 @@ class Surrogate(nn.Module):
 
 
 def _folded(model: nn.Module) -> nn.Module:
+    from torch.fx.experimental.optimization import fuse  # warns of what torch deprecates: not at import
+
     twin = copy.deepcopy(model).eval()
     try:
         return fuse(twin)

@@ -124,7 +124,9 @@ def load_sparse(path: str | Path) -> dict[str, Any]:
         )
     try:
         shapes, recipe = json.loads(metadata["shapes"]), json.loads(metadata["recipe"])
-        told = {"threat": json.loads(metadata["threat"])} if "threat" in metadata else {}  # not in those of before
+        told = (
+            {"threat": json.loads(metadata["threat"])} if "threat" in metadata else {}
+        )  # not in those of before
         for name in _masked(weights):
             weights[name] = _spread(weights[name], weights[_words_of(name)], torch.Size(shapes[name]))
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:

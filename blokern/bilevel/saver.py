@@ -110,7 +110,11 @@ def latest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], P
         return found
     if damaged:
         whole = whole_beside(paths[0])
-        hint = "" if whole is None else f"; {whole} is whole: copy it to {paths[0].name} to continue from its epoch"
+        hint = (
+            ""
+            if whole is None
+            else f"; {whole} is whole: copy it to {paths[0].name} to continue from its epoch"
+        )
         raise checkpoint.CheckpointError(f"{damaged[0]}{hint}")
     return None
 

@@ -9,6 +9,9 @@ from typing import Any
 
 __all__ = ["Interrupted", "StopRequest"]
 
+#: Ctrl-C, the system that shuts down, and a terminal that is closed; Windows has no hangup.
+_STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by a signal, and saved where it stopped. Like Ctrl-C, it is no ``Exception``.
@@ -22,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within it, the first SIGINT or SIGTERM is noted in ``signum``, and a second one acts as it did before.
+    """Within it, the first SIGINT, SIGTERM or SIGHUP is noted in ``signum``, and a second one acts as it did before.
 
     Only the main thread may set handlers; in another one nothing changes. An ignored signal stays ignored.
     """
@@ -33,7 +36,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in _STOPS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._note)
         return self

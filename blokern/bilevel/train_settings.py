@@ -32,7 +32,7 @@ class TrainSettings:
         channels_last: keep images and weights in channels-last memory order.
         sync_batch_norm: of several processes, give BatchNorm the statistics of the whole batch instead of each part's.
         seed: of the order of the images, of augmentation, and of all that the method draws.
-        eps: L∞ budget of the validation attack, for pixels in [0, 1].
+        eps: L∞ budget of the validation attack, and on the command line of the method's, for pixels in [0, 1].
         val_steps: PGD steps of the validation attack, each eps / 4; 0 validates without an attack, and the best
             model is that of the highest standard accuracy.
         val_restarts: random restarts of the validation attack.

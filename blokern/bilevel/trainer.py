@@ -169,7 +169,7 @@ class Trainer:
     def fit(self) -> list[Record]:
         """Train to the end, and return the records of all epochs, earlier ones of a resumed run included.
 
-        Seeds torch's global generator. While it runs in the main thread, the first SIGINT or SIGTERM lets the
+        Seeds torch's global generator. While it runs in the main thread, the first SIGINT, SIGTERM or SIGHUP lets the
         current batch finish and saves; a second one acts at once.
 
         Raises:
@@ -454,10 +454,22 @@ class Trainer:
         return "".join(json.dumps(record) + "\n" for record in self.history).encode()
 
     def _draw(self) -> None:
-        """The run's pictures, unless they are there."""
+        """The run's pictures, unless they are there; the run is done and saved whatever becomes of them."""
         if (self.run_dir / "curves.png").exists():
             return
+        for draw in (self._draw_examples, self._draw_curves):
+            try:
+                draw()
+            except Exception as error:  # of matplotlib, of its fonts, of the disk
+                self._say(f"{self.run_dir}: a picture is not drawn: {error}")
+
+    def _draw_curves(self) -> None:
         from blokern import plots  # matplotlib takes a second to import
+
+        plots.curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
+
+    def _draw_examples(self) -> None:
+        from blokern import plots
 
         model = self.rule.model
         if self.settings.val_steps:
@@ -468,12 +480,13 @@ class Trainer:
             with torch.no_grad(), eval_mode(model):
                 before, after = model(x).argmax(dim=1), model(x_adv).argmax(dim=1)
             plots.examples(x, x_adv, y, before, after, self.run_dir / "examples.png")
-        plots.curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
 
     # --- Display --------------------------------------------------------------------------------------------
 
     def _say(self, message: str, bar: tqdm[Any] | None = None) -> None:
-        if self.processes.leads:
+        if not self.processes.leads or sys.stderr is None:
+            return
+        with contextlib.suppress(OSError):  # whoever read it is gone, and the training is not
             write = tqdm.write if bar is None else bar.write
             write(message, file=sys.stderr)
 
@@ -481,7 +494,7 @@ class Trainer:
         """A bar over all steps with the time left, where somebody watches."""
         total = self.settings.epochs * len(self._batches)
         # None: shown on a terminal only.
-        disable = None if self.processes.leads else True
+        disable = None if self.processes.leads and sys.stderr is not None else True
         return tqdm(total=total, initial=self._step(), unit="step", disable=disable, dynamic_ncols=True)
 
     def _postfix(self) -> dict[str, str]:

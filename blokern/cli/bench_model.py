@@ -37,8 +37,11 @@ def bench_model(argv: list[str]) -> int:
             Option("threads", int, 2, "CPU threads"),
             Option("json", str, None, "also write the figures to this file"),
         ],
+        of_run=(),
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
+    parser.add_argument(
+        "checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt"
+    )
     options = parse(parser, argv)
     check_different("batch", options["batch"])
     for name, least in (("batch", min(options["batch"])), ("rounds", options["rounds"])):

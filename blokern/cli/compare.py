@@ -30,6 +30,7 @@ from blokern.cli.options import (
     parse,
     run_options,
     select_device,
+    told_of,
     train_options,
 )
 from blokern.cli.output import check_study_folder, write_json
@@ -75,7 +76,8 @@ def compare(argv: list[str]) -> int:
     from blokern import data
 
     out = Path(options["out"])
-    test = data.load(options["data"], data_dir=options["data_dir"], test_limit=options["test_limit"]).test
+    with told_of("data"):
+        test = data.load(options["data"], data_dir=options["data_dir"], test_limit=options["test_limit"]).test
     attack = {"attack": "pgd", "norm": "linf", "eps": options["eps"], "seed": 0}
     attack |= {option.name: options[option.name] for option in STRENGTH_OPTIONS}
     check_attack(attack)
@@ -179,7 +181,10 @@ def _run(entry: Entry, options: Options, test: ImageDataset, attack: Options) ->
         path = trainer.run_dir / f"{name}.pt"
         stored = trainer.run_dir / f"test-{name}.json"
         question = {**attack, "images": len(test), "checkpoint": checkpoint.fingerprint(path)}
-        known = [*results.values(), *([json.loads(stored.read_text(encoding="utf-8"))] if stored.exists() else [])]
+        known = [
+            *results.values(),
+            *([json.loads(stored.read_text(encoding="utf-8"))] if stored.exists() else []),
+        ]
         # The last epoch is often the best one, and then one attack answers both.
         answers = [answer for answer in known if answer["question"] == question]
         if not answers:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-
-from jsonargparse import ArgumentError
+from collections.abc import Callable
 
 from blokern._version import __version__
 from blokern.cli.bench import bench
@@ -19,9 +17,15 @@ from blokern.cli.options import check_known, first_line
 from blokern.cli.prune import prune
 from blokern.cli.report import report
 from blokern.cli.spectrum import spectrum
+from blokern.cli.streams import heard
 from blokern.cli.train import train
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "run"]
+
+#: What torch and the system say where there is none left.
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", re.I
+)
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
@@ -36,28 +40,22 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's), and return the exit code.
-
-    0: done; 1: failed at work, as on a full disk; 2: an argument or a file is wrong; 128 + n: stopped by
-    signal n. An error is a message on stderr, with its traceback only after ``--debug``.
-
-    >>> main(["train", "fast-bat", "--out", "runs/a", "--eps", "0.1"])
-    0
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _dispatch(argv)
-    except SystemExit as done:  # --help and --print_config end so
-        return int(done.code or 0)
-    except KeyboardInterrupt as stop:
-        print(f"blokern: {stop}" if str(stop) else "blokern: stopped", file=sys.stderr)
-        return 128 + int(getattr(stop, "signum", signal.SIGINT))
-    except (ArgumentError, ValueError, OSError, FloatingPointError, ImportError) as error:
-        if "--debug" in argv:
-            raise
-        print(f"blokern: error: {_message(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError | ValueError) else 1
+def run(argv: list[str]) -> int:
+    """Run a command line, and return the exit code: see :func:`blokern.cli.main`."""
+    with heard():
+        try:
+            return _dispatch(argv)
+        except SystemExit as done:  # --help ends so
+            return int(done.code or 0)
+        except KeyboardInterrupt as stop:
+            print(f"blokern: {stop}" if str(stop) else "blokern: stopped", file=sys.stderr)
+            return 128 + int(getattr(stop, "signum", signal.SIGINT))
+        except Exception as error:
+            message = None if "--debug" in argv else _message(error)
+            if message is None:
+                raise
+            print(f"blokern: error: {message}", file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -76,6 +74,15 @@ def _dispatch(argv: list[str]) -> int:
     return COMMANDS[argv[0]](argv[1:])
 
 
-def _message(error: BaseException) -> str:
-    """In the user's terms: jsonargparse names Python classes."""
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error)).replace("\n ", " ")
+def _message(error: Exception) -> str | None:
+    """In a line; None for an error that no user has made."""
+    told = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | FloatingPointError | ImportError):
+        return told or type(error).__name__
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(told)):
+        what = re.search(r"allocate (\d+) bytes", told)
+        size = f": {int(what[1]) / 2**30:,.1f} GiB more were asked for" if what else ""
+        return (
+            f"out of memory{size}; a smaller --batch-size, --val-batch-size, --width or --threads needs less"
+        )
+    return None

@@ -17,6 +17,7 @@ from blokern.cli.options import (
     make_parser,
     parse,
     select_device,
+    told_of,
 )
 from blokern.cli.output import JSON, check_files, write_json
 from blokern.cli.source import Source
@@ -60,8 +61,11 @@ def evaluate(argv: list[str]) -> int:
             Option("json", str, None, "also write the result to this file"),
             *MACHINE_OPTIONS,
         ],
+        of_run=("data", "data_dir"),
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
+    parser.add_argument(
+        "checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt"
+    )
     options = parse(parser, argv)
     check_known("attack", options["attack"], ATTACKS)
 
@@ -83,7 +87,8 @@ def _evaluate(options: Options, device: str, processes: Processes) -> None:
     attack = {**{key: options[key] for key in words}, "norm": threat.norm, "eps": threat.eps}
     check_attack(attack)
     data_dir = options["data_dir"] or source.data_dir
-    test = data.load(name, data_dir=data_dir, test_limit=options["test_limit"]).test
+    with told_of("data"):
+        test = data.load(name, data_dir=data_dir, test_limit=options["test_limit"]).test
     result = attacked(source, test, device, processes, **attack)
     if not processes.leads:
         return
@@ -177,7 +182,9 @@ def _check_images(model: nn.Module, source: Source, test: ImageDataset) -> None:
         )
     told = checkpoint.classes_of(model, source.path, shape)
     if told != test.num_classes:
-        raise ValueError(f"data: {test.name} has {test.num_classes} classes, the network in {source.path} {told}")
+        raise ValueError(
+            f"data: {test.name} has {test.num_classes} classes, the network in {source.path} {told}"
+        )
 
 
 def _adversary(

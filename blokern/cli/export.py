@@ -21,8 +21,11 @@ def export(argv: list[str]) -> int:
         "without the channels that its masks free, for torch.export.load, which needs no blokern. sparse: the kept "
         "weights and the masks' bits in the safetensors format; blokern.bilevel.export.load_sparse reads it.",
         [INPUT_SHAPE],
+        of_run=(),
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
+    parser.add_argument(
+        "checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt"
+    )
     parser.add_argument("--form", type=str, default="dense", help=f"one of {', '.join(FORMS)}")
     parser.add_argument("--out", type=str, required=True, help="the file to write")
     options = parse(parser, argv)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import register_type
-
 from blokern._names import unknown_name
+from blokern.cli.parser import Because, Parser, Text, flag
 
 __all__ = [
     "CHECKPOINT_MINUTES",
@@ -44,6 +43,7 @@ __all__ = [
     "select_device",
     "set_threads",
     "settings_options",
+    "told_of",
     "train_options",
 ]
 
@@ -54,88 +54,105 @@ SETTINGS = "settings.yaml"
 Options: TypeAlias = dict[str, Any]
 
 
-class Number(float):
+class Number(float, Text):
     """A float; as text also inf, or a fraction such as 8/255."""
+
+    words = "a number, or a fraction such as 8/255"
 
     def __new__(cls, value: Any) -> Number:
         if isinstance(value, str) and "/" in value:
             above, below = map(float, value.split("/"))
             if below == 0:
-                raise ValueError("division by zero")
+                raise Because("division by zero")
             value = above / below
+        if isinstance(value, bool):
+            raise ValueError
         return super().__new__(cls, value)
 
 
-class Integers(tuple[int, ...]):
+class Integers(tuple[int, ...], Text):
     """Whole numbers; as text, separated by commas."""
 
+    words = "integers, separated by commas"
+
     def __new__(cls, value: Any) -> Integers:
-        return super().__new__(cls, map(int, _parts(value)))
+        return super().__new__(cls, _each(int, value))
 
 
-class Shape(tuple[int, int, int]):
+class Shape(tuple[int, int, int], Text):
     """Channels, height and width; as text, separated by commas."""
 
+    words = "channels, height and width, separated by commas"
+
     def __new__(cls, value: Any) -> Shape:
-        sizes = tuple(map(int, _parts(value)))
+        sizes = tuple(_each(int, value))
         if len(sizes) != 3 or min(sizes) < 1:
-            raise ValueError("expected three numbers >= 1, such as 3,32,32")
+            raise Because("expected three numbers >= 1, such as 3,32,32")
         return super().__new__(cls, sizes)
 
 
-class Densities(tuple[float, ...]):
+class Densities(tuple[float, ...], Text):
     """Numbers; as text, separated by commas."""
 
+    words = "numbers, separated by commas"
+
     def __new__(cls, value: Any) -> Densities:
-        return super().__new__(cls, (float(Number(part)) for part in _parts(value)))
+        return super().__new__(cls, map(float, _each(Number, value)))
 
 
-class Names(tuple[str, ...]):
+class Names(tuple[str, ...], Text):
     """Names; as text, separated by commas."""
 
+    words = "names, separated by commas"
+
     def __new__(cls, value: Any) -> Names:
-        return super().__new__(cls, filter(None, map(str, _parts(value))))
+        return super().__new__(cls, filter(None, _each(str, value)))
 
 
-def _parts(value: Any) -> list[Any] | tuple[Any, ...]:
+def _each(kind: type, value: Any) -> list[Any]:
+    """The parts of a value: of text, between commas."""
     parts = value.split(",") if isinstance(value, str) else value
-    return parts if isinstance(parts, list | tuple) else [parts]
-
-
-register_type(Number, serializer=float)
-register_type(Integers, serializer=list)
-register_type(Shape, serializer=list)
-register_type(Densities, serializer=list)
-register_type(Names, serializer=list)
+    found = []
+    for part in parts if isinstance(parts, list | tuple) else [parts]:
+        try:
+            found.append(kind(part))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise Because(f"{part!r} is none") from error
+    return found
 
 
 @dataclass(frozen=True)
 class Option:
-    """The flag ``--name``, and the key ``name`` of a YAML file."""
+    """The flag ``--name``, and the key ``name`` of a YAML file; ``group`` is its heading in the help."""
 
     name: str
     type: Any
     default: Any
     help: str
+    group: str = "options"
 
 
 # --- Options of several commands ----------------------------------------------------------------------------
 
 DATA_OPTIONS = (
-    Option("data", str, "digits", "data set; digits and synthetic need no files"),
-    Option("data_dir", str, None, "folder with the data set's files"),
-    Option("val_fraction", Number, Number(0.1), "part of the training images set aside for validation"),
-    Option("train_limit", int, None, "use only the first so many training images (default: all)"),
+    Option("data", str, "digits", "data set, see below; digits and synthetic need no files", "data"),
+    Option("data_dir", str, None, "folder with the data set's files", "data"),
+    Option(
+        "val_fraction", Number, Number(0.1), "part of the training images set aside for validation", "data"
+    ),
+    Option("train_limit", int, None, "use only the first so many training images (default: all)", "data"),
 )
 MODEL_OPTIONS = (
-    Option("model", str, "small_cnn", "network; timm:NAME where timm is installed"),
-    Option("width", int, None, "channels of the network's first stage (default: the network's own)"),
+    Option("model", str, "small_cnn", "network, see below; timm:NAME where timm is installed", "network"),
+    Option(
+        "width", int, None, "channels of the network's first stage (default: the network's own)", "network"
+    ),
 )
 CHECKPOINT_MINUTES = Option(
-    "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch"
+    "checkpoint_minutes", Number, Number(10.0), "minutes between the checkpoints within an epoch", "run"
 )
-KEEP_LAST = Option("keep_last", int, 1, "how many of the last checkpoints to keep")
-TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)")
+KEEP_LAST = Option("keep_last", int, 1, "how many of the last checkpoints to keep", "run")
+TEST_LIMIT = Option("test_limit", int, None, "use only the first so many test images (default: all)", "test")
 INPUT_SHAPE = Option(
     "input_shape",
     Shape,
@@ -143,12 +160,12 @@ INPUT_SHAPE = Option(
     "channels, height and width of the images (default: as of the checkpoint's data)",
 )
 STRENGTH_OPTIONS = (
-    Option("steps", int, 50, "steps of the attack on the test images; of eps / 4 for pgd"),
-    Option("restarts", int, 10, "random restarts of the attack on the test images"),
+    Option("steps", int, 50, "steps of the attack on the test images; of eps / 4 for pgd", "test"),
+    Option("restarts", int, 10, "random restarts of the attack on the test images", "test"),
 )
 MACHINE_OPTIONS = (
-    Option("device", str, "auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one"),
-    Option("threads", int, None, "CPU threads (default: torch's choice)"),
+    Option("device", str, "auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one", "machine"),
+    Option("threads", int, None, "CPU threads (default: torch's choice)", "machine"),
 )
 
 
@@ -173,7 +190,14 @@ def train_options() -> list[Option]:
     """Those of TrainSettings."""
     from blokern.bilevel import TrainSettings
 
-    return settings_options(TrainSettings)
+    return [
+        replace(option, group=_TRAIN_GROUPS.get(option.name.partition("_")[0], "training"))
+        for option in settings_options(TrainSettings)
+    ]
+
+
+#: By the first word of a setting's name. The command line has one eps, for the method and for the validation.
+_TRAIN_GROUPS = {"val": "validation", "eps": "attack"}
 
 
 def settings_options(settings: type, without: Collection[str] = ()) -> list[Option]:
@@ -188,7 +212,8 @@ def settings_options(settings: type, without: Collection[str] = ()) -> list[Opti
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if kind in (Number, Names) and default is not None:
             default = kind(default)
-        options.append(Option(field.name, kind, default, words.get(field.name, field.name.replace("_", " "))))
+        told = words.get(field.name, field.name.replace("_", " "))
+        options.append(Option(field.name, kind, default, told, "method"))
     return options
 
 
@@ -220,27 +245,66 @@ def run_options(method: str) -> list[Option]:
 
 # --- Parsing ------------------------------------------------------------------------------------------------
 
+#: One for each command.
+_EXAMPLES = {
+    "train": "blokern train fast-bat --data digits --eps 0.1 --step-size 20 --epochs 8 --out runs/bat",
+    "prune": "blokern prune omp bip --density 0.2,0.1 --data digits --epochs 8 --seeds 0,1 --out runs/pruned",
+    "evaluate": "blokern evaluate runs/bat/best.pt --steps 20 --restarts 1",
+    "compare": "blokern compare fast-at fast-bat:step_size=20 --eps 0.1 --epochs 8 --seeds 0,1,2 --out runs/demo",
+    "report": "blokern report runs/demo --out demo.html",
+    "export": "blokern export runs/pruned/omp/density-0.1/seed-0/best.pt --form sparse --out small.safetensors",
+    "spectrum": "blokern spectrum runs/bat/best.pt --images 500 --steps 30",
+    "bench": "blokern bench model runs/pruned/omp/density-0.1/seed-0/best.pt --batch 1,128",
+    "info": "blokern info",
+}
 
-def make_parser(command: str, description: str, options: Iterable[Option]) -> ArgumentParser:
-    """With the options that every command has; wrong words raise instead of ending the process."""
-    parser = ArgumentParser(
-        prog=f"blokern {command}", description=description, exit_on_error=False, allow_abbrev=False
+
+def make_parser(
+    command: str, description: str, options: Iterable[Option], of_run: Collection[str] | None = None
+) -> Parser:
+    """With the options that every command has; wrong words raise ValueError instead of ending the process.
+
+    of_run: see :class:`Parser`.
+    """
+    parser = Parser(command, description, _last_words, of_run)
+    parser.add_argument(
+        "--config", type=str, help=f"YAML file of options, such as a run's {SETTINGS}; flags override it"
     )
-    parser.add_argument("--config", action="config", help=f"YAML file of options, such as a run's {SETTINGS}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for option in options:
-        parser.add_argument(flag(option.name), type=option.type, default=option.default, help=option.help)
+        parser.add_to(
+            option.group, flag(option.name), type=option.type, default=option.default, help=option.help
+        )
     return parser
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Options:
+def _last_words(parser: Parser) -> str:
+    """Under the help: what names there are, and an example."""
+    command, *method = parser.prog.split()[1:]
+    own = {action.dest for action in parser._actions}
+    lists: dict[str, Iterable[str]] = {}
+    if command in ("compare", "prune"):
+        lists["methods"] = methods() if command == "compare" else pruning_methods()
+    if "data" in own:
+        from blokern.data import NAMES
+
+        lists["data sets"] = [*NAMES, "synthetic:CxHxWxK"]
+    if "model" in own:
+        from blokern.models import NAMES as NETWORKS
+
+        lists["networks"] = [*NETWORKS, "timm:NAME"]
+    example = _EXAMPLES[command]
+    if command == "train" and method != ["fast-bat"]:
+        example = (
+            f"blokern train {' '.join(method)} --data digits --eps 0.1 --epochs 8 --out runs/{method[0]}"
+        )
+    lines = [f"{name}: {', '.join(words)}" for name, words in lists.items()]
+    return "\n".join([*lines, "", f"example: {example}"])
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> Options:
     """The values of all options, numbers as plain floats."""
-    parsed = parser.parse_args(list(argv)).as_dict()
-    return {name: float(value) if isinstance(value, Number) else value for name, value in parsed.items()}
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return {name: float(v) if isinstance(v, Number) else v for name, v in parser.values(argv).items()}
 
 
 # --- Small things -------------------------------------------------------------------------------------------
@@ -275,9 +339,25 @@ def set_threads(count: int) -> None:
     """Have torch compute with so many threads."""
     import torch
 
+    most = max(8, 4 * (os.cpu_count() or 1))  # more are slower by orders, and thousands end the process
     if count < 1:
         raise ValueError(f"threads must be at least 1, got {count}")
+    if count > most:
+        raise ValueError(
+            f"threads must be at most {most} on this machine of {os.cpu_count()} processors, got {count}"
+        )
     torch.set_num_threads(count)
+
+
+@contextlib.contextmanager
+def told_of(what: str) -> Iterator[None]:
+    """Errors about an argument `name` are told of the option of which it is the value."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("name"):
+            raise
+        raise type(error)(f"{what}{str(error).removeprefix('name')}") from error
 
 
 def pick(options: Options, settings: type) -> Options:

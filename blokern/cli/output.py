@@ -43,7 +43,9 @@ ANY_PICTURE = Kind("picture", lambda head, tail: head.startswith(b"\x89PNG"))
 EXPORT = Kind("export", lambda head, tail: tail.endswith(b"blokern export\n") or b"blokern sparse" in head)
 
 
-def check_files(outputs: Iterable[tuple[str, str | Path | None, Kind]], sources: Collection[Path] = ()) -> None:
+def check_files(
+    outputs: Iterable[tuple[str, str | Path | None, Kind]], sources: Collection[Path] = ()
+) -> None:
     """Raise unless each output, given with its option and its kind, may be written, before any work is put in.
 
     A file that is there already is replaced only if it is one of the same kind, which blokern has written.
@@ -75,7 +77,9 @@ def _check_file(option: str, path: Path, kind: Kind, sources: Collection[Path]) 
         if any(source.exists() and path.samefile(source) for source in sources):
             raise ValueError(f"{option}: {path} is what this command reads: name another file to write")
         if is_checkpoint(path):
-            raise ValueError(f"{option}: {path} is a checkpoint, which nothing is written over: name another file")
+            raise ValueError(
+                f"{option}: {path} is a checkpoint, which nothing is written over: name another file"
+            )
         if path.stat().st_size and not kind.is_own(*_ends(path)):
             raise ValueError(f"{option}: {path} is there and is no {kind.name} of blokern: name another file")
     try:
@@ -114,12 +118,16 @@ def check_study_folder(
     results = folder / "results.json"
     if not results.exists():
         if (folder / "results.md").exists():
-            raise ValueError(f"out: {folder} holds a results.md that is not this command's: choose another folder")
+            raise ValueError(
+                f"out: {folder} holds a results.md that is not this command's: choose another folder"
+            )
         return
     try:
         there = set(earlier(json.loads(results.read_text(encoding="utf-8"))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"out: {folder} holds other results (results.json): choose another folder") from error
+        raise ValueError(
+            f"out: {folder} holds other results (results.json): choose another folder"
+        ) from error
     if lost := sorted(there - set(planned)):
         some = "; ".join(lost[:3]) + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise ValueError(

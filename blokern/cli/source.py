@@ -39,7 +39,9 @@ class Source:
         path = Path(word)
         if path.is_dir():
             if not (path / "best.pt").exists():
-                raise FileNotFoundError(f"{path} is a folder without a best.pt: name a checkpoint, or a run's folder")
+                raise FileNotFoundError(
+                    f"{path} is a folder without a best.pt: name a checkpoint, or a run's folder"
+                )
             path = path / "best.pt"
         try:
             return cls(path, checkpoint.load(path))
@@ -115,7 +117,9 @@ class Source:
         try:
             return data.load(**there, seed=self.seed)
         except TypeError as error:
-            raise CheckpointError(f"{self.path} names its data by arguments that do not fit: {error}") from error
+            raise CheckpointError(
+                f"{self.path} names its data by arguments that do not fit: {error}"
+            ) from error
 
     def _silent(self, what: str) -> ValueError:
         from blokern.bilevel.checkpoint import CheckpointError

@@ -45,8 +45,11 @@ def spectrum(argv: list[str]) -> int:
             Option("json", str, None, "also write the result to this file"),
             *MACHINE_OPTIONS,
         ],
+        of_run=("data_dir",),
     )
-    parser.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt")
+    parser.add_argument(
+        "checkpoint", type=str, help="best.pt or last.pt of a run, or the run's folder for its best.pt"
+    )
     options = parse(parser, argv)
     check_known("curvature", options["curvature"], CURVATURES)
     for name in ("batch_size", "top", "steps", "samples", "at_once"):
@@ -111,7 +114,9 @@ def _trained_on(source: Source, data_dir: str | None, images: int | None) -> Ima
     if images is None:
         return train
     if not 1 <= images <= len(train):
-        raise ValueError(f"images must be in [1, {len(train)}], the training images of {source.path}, got {images}")
+        raise ValueError(
+            f"images must be in [1, {len(train)}], the training images of {source.path}, got {images}"
+        )
     return train.subset(range(images))
 
 

@@ -195,7 +195,10 @@ class Study:
         question = {"checkpoint": checkpoint.fingerprint(path), "images": len(self.splits.test)}
 
         def remembered() -> float | None:
-            if memory.exists() and (answer := json.loads(memory.read_text(encoding="utf-8")))["question"] == question:
+            if (
+                memory.exists()
+                and (answer := json.loads(memory.read_text(encoding="utf-8")))["question"] == question
+            ):
                 return float(answer["accuracy"])
             return None
 

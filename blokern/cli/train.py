@@ -10,8 +10,6 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import yaml
-from jsonargparse import ArgumentParser
-
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
     DATA_OPTIONS,
@@ -28,9 +26,11 @@ from blokern.cli.options import (
     pick,
     run_options,
     select_device,
+    told_of,
 )
 
 from blokern.cli.output import check_run_folder
+from blokern.cli.parser import Parser
 
 if TYPE_CHECKING:
     from blokern.bilevel import Trainer
@@ -71,7 +71,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def train_parser(method: str) -> ArgumentParser:
+def train_parser(method: str) -> Parser:
     """Of the words after ``blokern train METHOD``."""
     parser = make_parser(
         f"train {method}",
@@ -107,7 +107,8 @@ def make_trainer(
     method_settings = settings_type(**pick(options, settings_type))
     splits, recipe = load_data(options, settings.seed)
     torch.manual_seed(settings.seed)
-    model = models.build(**recipe["model"]).to(device)
+    with told_of("model"):
+        model = models.build(**recipe["model"]).to(device)
 
     trainer = Trainer(
         rule_type(model, settings.optimizer(model), method_settings, processes),
@@ -134,7 +135,8 @@ def load_data(options: Options, seed: int) -> tuple[Splits, Options]:
     from blokern import data, models
 
     data_options = {option.name: options[option.name] for option in DATA_OPTIONS if option.name != "data"}
-    splits = data.load(options["data"], **data_options, test_limit=options.get("test_limit"), seed=seed)
+    with told_of("data"):
+        splits = data.load(options["data"], **data_options, test_limit=options.get("test_limit"), seed=seed)
     del data_options["data_dir"]  # of this machine, not of the run
 
     network: Options = {

@@ -30,6 +30,7 @@ def report(argv: list[str]) -> int:
             Option("data_dir", str, None, "folder with the data set's files (default: as trained)"),
             *MACHINE_OPTIONS,
         ],
+        of_run=("data_dir",),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of several")
     options = parse(parser, argv)

@@ -17,7 +17,9 @@ __all__ = ["check_outputs", "doubled"]
 _POWER, _ROUGH_POWER = 0.575, 0.3
 
 
-def check_outputs(model: nn.Module, copy: nn.Module, example: tuple[Any, ...], *, rough: bool = False) -> bool:
+def check_outputs(
+    model: nn.Module, copy: nn.Module, example: tuple[Any, ...], *, rough: bool = False
+) -> bool:
     """Compare a network with its copy, on an example and on random inputs like it; roughly: on the example, allowing
     for rounding that has added up.
 
@@ -65,7 +67,11 @@ def _close(want: Tensor, got: Tensor, power: float) -> bool:
 
 
 def _differences(want: list[Tensor], got: list[Tensor]) -> list[float]:
-    return [float((a - b).abs().max()) for a, b in zip(want, got, strict=False) if a.shape == b.shape and a.numel()]
+    return [
+        float((a - b).abs().max())
+        for a, b in zip(want, got, strict=False)
+        if a.shape == b.shape and a.numel()
+    ]
 
 
 def _varied(tree: tuple[Any, ...]) -> tuple[Any, ...]:

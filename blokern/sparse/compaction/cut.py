@@ -28,9 +28,7 @@ def copied(model: ModelT, replaced: Mapping[int, Tensor] | None = None) -> Model
     return copy.deepcopy(model, memo)
 
 
-def cut(
-    model: ModelT, axes: Mapping[str, list[Axis]], live: Tensor, products: Iterable[Product]
-) -> ModelT:
+def cut(model: ModelT, axes: Mapping[str, list[Axis]], live: Tensor, products: Iterable[Product]) -> ModelT:
     """A copy of the model, by the axes of its parameters and buffers, in which constants that go are in the biases."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     smaller = {name: part_of(tensors[name], axes[name], live) for name in axes}
@@ -124,7 +122,15 @@ _SIZES: dict[type[nn.Module], Callable[[Any, torch.Size], None]] = {
 
 _FORWARDS = {
     kind.forward
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+    for kind in (
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+        nn.Linear,
+    )
 }
 
 

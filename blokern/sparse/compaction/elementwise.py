@@ -136,7 +136,9 @@ def drawn(call: Call) -> Value | list[Value]:
 def same(call: Call) -> Value:
     """The tensor again."""
     first = call.first
-    return Value(list(first.axes), first.dim, first.constant, first.known, first.name, first.kept, first.blank)
+    return Value(
+        list(first.axes), first.dim, first.constant, first.known, first.name, first.kept, first.blank
+    )
 
 
 def written_over(call: Call) -> Value:

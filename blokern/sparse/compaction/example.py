@@ -15,7 +15,21 @@ __all__ = ["checked_example", "find_example"]
 
 _BATCH = 2
 #: Pixels a side, the usual ones first: a network that flattens its maps takes one of them alone.
-_SIDES = (32, 64, 224, 28, 16, 96, 128, 160, 192, 256, 299, 384, *(n for n in range(1, 65) if n not in (16, 28, 32)))
+_SIDES = (
+    32,
+    64,
+    224,
+    28,
+    16,
+    96,
+    128,
+    160,
+    192,
+    256,
+    299,
+    384,
+    *(n for n in range(1, 65) if n not in (16, 28, 32)),
+)
 _FIRST = (_ConvNd, nn.Linear, nn.Embedding)
 
 
@@ -35,7 +49,10 @@ def find_example(model: nn.Module) -> tuple[Tensor, ...]:
     reason = "it has no convolution, linear layer or embedding to tell by"
     if layer is not None:
         shapes = list(_shapes(layer))
-        for device, tried in (("meta", shapes), (layer.weight.device, shapes[:3])):  # some forwards read values
+        for device, tried in (
+            ("meta", shapes),
+            (layer.weight.device, shapes[:3]),
+        ):  # some forwards read values
             trial = copied(model).to(device)
             for shape, kinds in tried:
                 try:

@@ -21,7 +21,9 @@ def _moved(call: Call, value: Value, axes: Sequence[Axis], dim: int | None, cons
     if value.kept is not None:
         args = [value.kept if arg is call.operands[0] else arg for arg in call.args]
         kept = call.func(*args, **call.kwargs)
-    return Value(list(axes), dim, None if dim is None else constant, value.known, value.name, kept, value.blank)
+    return Value(
+        list(axes), dim, None if dim is None else constant, value.known, value.name, kept, value.blank
+    )
 
 
 def permute(call: Call) -> Value:
@@ -257,7 +259,9 @@ def split(call: Call) -> list[Value]:
 
 
 def cat(call: Call) -> Value:
-    parts = [(v, s) for v, s in zip(call.values, call.shapes, strict=True) if s != (0,)]  # which torch leaves out
+    parts = [
+        (v, s) for v, s in zip(call.values, call.shapes, strict=True) if s != (0,)
+    ]  # which torch leaves out
     if not parts:
         return unknown_moved(call)
     rank = call.result.dim()

@@ -101,7 +101,12 @@ def matrix_product(call: Call) -> Value:
     movable = False
     addend: Tensor | None = None
     if bias is not None:
-        movable = right.known and bias.known and len(bias.axes) == 1 and call["self"].shape[0] == call.result.shape[1]
+        movable = (
+            right.known
+            and bias.known
+            and len(bias.axes) == 1
+            and call["self"].shape[0] == call.result.shape[1]
+        )
         for place, axis in zip(range(-len(bias.axes), 0), bias.axes, strict=True):
             if call["self"].shape[place] == call.result.shape[place]:
                 axes[place] = call.channels.same(axes[place], axis)
@@ -110,7 +115,9 @@ def matrix_product(call: Call) -> Value:
         outputs = axes[where]
         addend = call["self"] if movable else None
     tensor = call["mat2"] if right.known else call.get("mat1", call.get("self"))
-    matrices = [None if t is None else (t if outer == 0 else t.t()).unsqueeze(2) for t in (tensor, weight.kept)]
+    matrices = [
+        None if t is None else (t if outer == 0 else t.t()).unsqueeze(2) for t in (tensor, weight.kept)
+    ]
     assert matrices[0] is not None
     product = Product(
         outputs,

@@ -71,7 +71,9 @@ Rule = Callable[["Call"], "Value | list[Value]"]
 class Call:
     """An op's call: arguments by their names in the schema, tensors with what is known of them, and results."""
 
-    def __init__(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.name = func.overloadpacket.__name__
         self.channels = recorder.channels
@@ -116,7 +118,10 @@ class Call:
     @property
     def numbers(self) -> list[Any]:
         """The arguments that are numbers, of an op to which they are values and not sizes or places."""
-        if torch.Tag.pointwise not in self.func.tags and self.name.removeprefix("new_") not in ("full", "fill_"):
+        if torch.Tag.pointwise not in self.func.tags and self.name.removeprefix("new_") not in (
+            "full",
+            "fill_",
+        ):
             return []
         return [argument for argument in self._arguments.values() if isinstance(argument, (int, float))]
 

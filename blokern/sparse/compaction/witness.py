@@ -73,7 +73,9 @@ class Rereading(Recorder):
             except _Unlike as error:
                 raise Disagreement(place, f"{call.name}: {error}") from error
             values = [found] if isinstance(found, Value) else found
-            for tensor, value, axes, shape in zip(call.results, values, node.outputs, node.shapes, strict=True):
+            for tensor, value, axes, shape in zip(
+                call.results, values, node.outputs, node.shapes, strict=True
+            ):
                 expected = self.axes(axes)
                 for d, (ours, theirs) in enumerate(zip(value.axes, expected, strict=True)):
                     size = shape[d] if theirs is None else len(theirs)
