@@ -10,10 +10,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # in the environment overrides it.
 test demo: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test setup build bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize fuzz fuzz-networks zoo
+.PHONY: demo test setup build own bench bench-peers docs lint format clean cuda-emulation cuda-check cuda-link gpu sanitize \
+	fuzz fuzz-networks zoo
 .DEFAULT_GOAL := build
 
-demo: build
+demo: own
 	$(BIN)/blokern compare fast-at fast-bat:step_size=20 --data digits --model small_cnn --eps 0.1 --epochs 8 \
 		--seeds 0,1,2 --out runs/demo
 	$(BIN)/blokern prune omp bip --density 0.1 --data digits --model small_cnn --epochs 8 --seeds 0,1,2 \
@@ -105,19 +106,34 @@ format: setup
 
 setup: $(VENV)/.setup
 build: $(VENV)/.build
+own: $(VENV)/.own
 
-$(VENV)/.setup: constraints.txt pyproject.toml tests/peers.txt
+# What blokern needs to be built and to run; and beside it, what its tests and its lint need.
+$(VENV)/.base: constraints.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+		print(*p["dependencies"], sep="\n"); open("$(VENV)/requirements.txt", "w").write( \
+		"\n".join([*p["dependencies"], *p["optional-dependencies"]["dev"]]))' > $(VENV)/base.txt
+	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/base.txt
+	touch $@
+
+$(VENV)/.setup: $(VENV)/.base tests/peers.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps --no-compile -r tests/peers.txt
 	touch $@
 
+# The kernels for every instruction set, as the tests want them, or for this machine's own alone, which takes a third of
+# the time. All sets include the own one.
+INSTALL := install -q --no-build-isolation --no-deps -e .
+
 $(VENV)/.build: $(VENV)/.setup $(NATIVE)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip $(INSTALL)
+	touch $(VENV)/.own $@
+
+$(VENV)/.own: $(VENV)/.base $(NATIVE)
+	BLOKERN_CPU_CAPABILITIES=native $(BIN)/pip $(INSTALL)
 	touch $@
 
 clean:
-	rm -rf build $(VENV)/.build blokern/*.so
+	rm -rf build $(VENV)/.build $(VENV)/.own blokern/*.so

@@ -24,9 +24,11 @@ X86 = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"],
 }
 CAPABILITIES = X86 if platform.machine() in ("x86_64", "AMD64") else {"DEFAULT": []}
-# Some of them alone, separated by spaces, where a build is in a hurry; the plain one where there is no such.
+# Some of them alone, separated by spaces, where a build is in a hurry, native being this machine's; the plain one where
+# there is no such.
 if "BLOKERN_CPU_CAPABILITIES" in os.environ:
-    wanted = os.environ["BLOKERN_CPU_CAPABILITIES"].split()
+    native = torch.backends.cpu.get_cpu_capability()
+    wanted = [native if name == "native" else name for name in os.environ["BLOKERN_CPU_CAPABILITIES"].split()]
     CAPABILITIES = {name: CAPABILITIES[name] for name in wanted if name in CAPABILITIES} or {"DEFAULT": []}
 
 FLAGS = [
