@@ -83,7 +83,7 @@ def _check_file(option: str, path: Path, kind: Kind, sources: Collection[Path]) 
         if path.stat().st_size and not kind.is_own(*_ends(path)):
             raise ValueError(f"{option}: {path} is there and is no {kind.name} of blokern: name another file")
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()  # noqa: SIM115
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 

@@ -10,6 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import yaml
+
 from blokern.cli.options import (
     CHECKPOINT_MINUTES,
     DATA_OPTIONS,
@@ -28,7 +29,6 @@ from blokern.cli.options import (
     select_device,
     told_of,
 )
-
 from blokern.cli.output import check_run_folder
 from blokern.cli.parser import Parser
 

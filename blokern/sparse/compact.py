@@ -9,7 +9,6 @@ read them. The rest goes, in a copy whose ops are then read too, and whose outpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn

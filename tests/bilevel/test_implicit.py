@@ -88,7 +88,9 @@ def test_buffers_and_layers_stay_as_they_were() -> None:
     model = sparsify(network(), random_masks(network()))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with dense_grad([model[0], model[4]]):
-        grads = torch.autograd.grad(cross_entropy(model, *batch())[0], [model[i].stored_weight for i in (0, 4)])
+        grads = torch.autograd.grad(
+            cross_entropy(model, *batch())[0], [model[i].stored_weight for i in (0, 4)]
+        )
     model.load_state_dict(before)
     g = dict(zip(masks_of(model), grads, strict=True))
     implicit_gradient(model, cross_entropy, batch(), g, gamma=GAMMA, solve=cg_solve)

@@ -87,7 +87,14 @@ def test_a_checkpoint_carries_what_its_rule_attacks_with(tmp_path):
 
 
 def test_checkpoints_of_before_tell_it_by_their_method(tmp_path):
-    method = {"name": "fast-at", "precision": "fp32", "eps": 0.1, "step_size": None, "clip_min": 0.0, "clip_max": 1.0}
+    method = {
+        "name": "fast-at",
+        "precision": "fp32",
+        "eps": 0.1,
+        "step_size": None,
+        "clip_min": 0.0,
+        "clip_max": 1.0,
+    }
     of = ThreatModel.of_checkpoint
     assert of({"recipe": {"method": method}, "settings": {"eps": 0.3}}, "a") == ThreatModel(eps=0.1)
     assert of({"recipe": {"method": {"name": "plain"}}, "settings": {"eps": 0.3}}, "a") is None
@@ -103,7 +110,9 @@ def test_a_run_is_not_continued_for_another_threat_model(tmp_path):
 
         make(tmp_path, sending(3)).fit()
     with (
-        pytest.warns(UserWarning, match=r"validation attacks with settings\.eps = 0\.1, the rule with eps = 0\.2"),
+        pytest.warns(
+            UserWarning, match=r"validation attacks with settings\.eps = 0\.1, the rule with eps = 0\.2"
+        ),
         pytest.raises(checkpoint.CheckpointError, match=r"threat\.eps is 0\.1 there and 0\.2 here"),
     ):
         from blokern.bilevel import FastBATSettings

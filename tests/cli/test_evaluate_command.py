@@ -49,7 +49,14 @@ def test_evaluate_rebuilds_a_pruned_network(tmp_path):
     rule = BiP(model, settings.optimizer(model), BiPSettings(density=0.3))
     Trainer(rule, splits, settings, tmp_path, recipe=recipe).fit()
     result_file = tmp_path / "result.json"
-    command = ["evaluate", str(tmp_path / "last.pt"), "--attack=fgsm", "--eps=0.1", "--json", str(result_file)]
+    command = [
+        "evaluate",
+        str(tmp_path / "last.pt"),
+        "--attack=fgsm",
+        "--eps=0.1",
+        "--json",
+        str(result_file),
+    ]
     assert cli.main(command) == 0
     test = data.load("synthetic:1x8x8x3").test
     with torch.no_grad():

@@ -79,7 +79,9 @@ def test_two_outputs_are_two_files(run, capsys):
 
 
 def test_a_device_is_no_file_to_write(run, capsys):
-    assert "/dev/null is no regular file" in error(capsys, "evaluate", run / "best.pt", *SHORT, "--json=/dev/null")
+    assert "/dev/null is no regular file" in error(
+        capsys, "evaluate", run / "best.pt", *SHORT, "--json=/dev/null"
+    )
     assert os.path.exists("/dev/null")  # noqa: PTH110
 
 
@@ -138,4 +140,6 @@ def test_out_must_be_named(capsys, tmp_path, monkeypatch):
 def test_a_masked_export_is_known_again(tmp_path):
     checkpoint.save(tmp_path / "a.pt", pruned(single_weights))
     for _ in range(2):
-        assert cli.main(["export", str(tmp_path / "a.pt"), "--form=sparse", "--out", str(tmp_path / "b")]) == 0
+        assert (
+            cli.main(["export", str(tmp_path / "a.pt"), "--form=sparse", "--out", str(tmp_path / "b")]) == 0
+        )

@@ -261,7 +261,15 @@ def test_a_layer_that_is_called_twice_and_one_that_is_tied_are_cut_alike() -> No
     for conv in (first, shared, tied):
         nn.init.constant_(conv.bias, -1.0)
     rows = torch.tensor([True, True, False, True])[:, None, None, None]
-    small = check(sparsify(net, {"0.weight": rows.expand(4, 2, 1, 1), "7.weight": rows.view(1, 4, 1, 1).expand(2, 4, 1, 1)}), 2, 2, 5, 5)
+    small = check(
+        sparsify(
+            net, {"0.weight": rows.expand(4, 2, 1, 1), "7.weight": rows.view(1, 4, 1, 1).expand(2, 4, 1, 1)}
+        ),
+        2,
+        2,
+        5,
+        5,
+    )
     assert small[6].weight is small[2].weight
 
 
@@ -274,7 +282,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Wrapped(lambda x: x * float(x.detach().numpy().max())),
         r"takes values that depend on the input out of torch, by Tensor\.numpy",
     ),
-    "sizes": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(3, 4, 1)), r"example: .* give one, such as"),
+    "sizes": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(3, 4, 1)),
+        r"example: .* give one, such as",
+    ),
     "no tensors": (lambda: Wrapped(lambda x: None), r"its forward returns no tensors"),
 }
 

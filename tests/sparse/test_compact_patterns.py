@@ -60,7 +60,9 @@ def halved(model: nn.Module, but: tuple[str, ...] = ()) -> nn.Module:
     masks = {
         f"{path}.weight": ops.filter_mask(module.weight.detach(), 0.5)
         for path, module in model.named_modules()
-        if type(module) in (nn.Conv2d, nn.Linear) and path not in ("out", *but) and isinstance(module.weight, nn.Parameter)
+        if type(module) in (nn.Conv2d, nn.Linear)
+        and path not in ("out", *but)
+        and isinstance(module.weight, nn.Parameter)
         and "weight" in module._parameters
     }
     return sparsify(model, masks)
@@ -81,14 +83,18 @@ def check(model: nn.Module, x: Tensor, *, smaller: bool = True) -> nn.Module:
             got, want = copy.deepcopy(small)(inputs), copy.deepcopy(model)(inputs)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         copy.deepcopy(small).train(not mode)(x)
-        assert {*small.state_dict()} - {*model.state_dict()} <= {f"{n}.bias" for n, _ in small.named_modules()}
+        assert {*small.state_dict()} - {*model.state_dict()} <= {
+            f"{n}.bias" for n, _ in small.named_modules()
+        }
         if smaller:
             assert size(small) < size(model)
     return small
 
 
 def images(*shape: int) -> Tensor:
-    return torch.rand(*(shape or (3, 3, 8, 8)), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.rand(
+        *(shape or (3, 3, 8, 8)), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 # --- In place ----------------------------------------------------------------------------------------------
@@ -215,8 +221,12 @@ WEIGHTS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("place", [0, 2, 4])
 @pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
-def test_a_neighbour_whose_weight_is_made_of_others(make: Callable[[nn.Module], nn.Module], place: int) -> None:
-    net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8), nn.Flatten(), nn.Linear(8 * 36, 3))
+def test_a_neighbour_whose_weight_is_made_of_others(
+    make: Callable[[nn.Module], nn.Module], place: int
+) -> None:
+    net = nn.Sequential(
+        conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8), nn.Flatten(), nn.Linear(8 * 36, 3)
+    )
     model = randomised(net)
     make(model[place])
     model = halved(model.eval(), but=("6",))
@@ -228,7 +238,9 @@ def test_a_neighbour_whose_weight_is_made_of_others(make: Callable[[nn.Module], 
 
 def test_batch_norm_over_positions() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 4))
-    check(halved(randomised(model), but=("3",)), images(7, 5, 6), smaller=False)  # what is constant differs by position
+    check(
+        halved(randomised(model), but=("3",)), images(7, 5, 6), smaller=False
+    )  # what is constant differs by position
 
 
 class Auxiliary(nn.Module):
@@ -269,7 +281,9 @@ class StandardisedConv(nn.Conv2d):
     """As in weight-standardised ResNets: the weight that counts is made of the parameter in forward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6)
+        weight = F.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6
+        )
         return F.conv2d(input, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
@@ -279,7 +293,11 @@ class Scaled(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +316,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         y = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(y).reshape(n, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(y).reshape(n, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         return x + self.project(y).transpose(1, 2).view(n, c, h, w)
 
@@ -374,14 +394,24 @@ def test_structures(name: str) -> None:
 
 
 def test_weights_that_are_made_in_forward() -> None:
-    net = nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), conv(8, 8), nn.ReLU(), StandardisedConv(8, 4, 1))
+    net = nn.Sequential(
+        StandardisedConv(3, 8, 3), nn.ReLU(), conv(8, 8), nn.ReLU(), StandardisedConv(8, 4, 1)
+    )
     model = randomised(net)
     masks = {"2.weight": ops.filter_mask(model[2].weight.detach(), 0.5)}
     check(sparsify(model, masks), images(), smaller=False)
 
 
 def test_groups_go_as_a_whole() -> None:
-    net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=4), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 6, bias=False), nn.Flatten())
+    net = nn.Sequential(
+        conv(3, 8),
+        nn.ReLU(),
+        conv(8, 8, groups=4),
+        nn.GroupNorm(4, 8),
+        nn.ReLU(),
+        conv(8, 6, bias=False),
+        nn.Flatten(),
+    )
     model = randomised(net)
     rows = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1])[:, None, None, None] > 0
     masks = {"0.weight": rows.expand(8, 3, 1, 1), "2.weight": rows.expand(8, 2, 1, 1)}

@@ -39,7 +39,9 @@ def network(seed: int = 1) -> nn.Module:
 
 def masks_for(net: nn.Module, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(p.shape, generator=generator) < 0.4 for n, p in net.named_parameters() if p.dim() > 1}
+    return {
+        n: torch.rand(p.shape, generator=generator) < 0.4 for n, p in net.named_parameters() if p.dim() > 1
+    }
 
 
 def want(model: nn.Module, masks: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -132,7 +134,9 @@ def test_conv_plans_follow_too() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", [1, 2], ids=["equal masks", "other masks"])
 @pytest.mark.parametrize(
-    "average", [None, get_ema_multi_avg_fn(0.999), get_ema_multi_avg_fn(0.5)], ids=["swa", "ema .999", "ema .5"]
+    "average",
+    [None, get_ema_multi_avg_fn(0.999), get_ema_multi_avg_fn(0.5)],
+    ids=["swa", "ema .999", "ema .5"],
 )
 def test_averaged_bits_are_refused(average: Any, seed: int, size: str) -> None:
     model, other = masked_layer(size, 1), masked_layer(size, seed)

@@ -47,15 +47,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:Fut
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "relu": (nn.ReLU, r"an nn\.Linear or nn\.Conv2d, got ReLU"),
-    "subclass": (lambda: Standardised(2, 2, 3), "got Standardised, a subclass, which may use it in another way"),
+    "subclass": (
+        lambda: Standardised(2, 2, 3),
+        "got Standardised, a subclass, which may use it in another way",
+    ),
     "lazy": (lambda: nn.LazyLinear(3), "got LazyLinear, a subclass"),
     "embedding": (lambda: nn.Embedding(3, 4), "got Embedding"),
-    "circular": (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "pads with zeros, got 'circular'"),
-    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"floats of 16 bits or more, got torch\.complex64"),
+    "circular": (
+        lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        "pads with zeros, got 'circular'",
+    ),
+    "complex": (
+        lambda: nn.Linear(4, 4, dtype=torch.complex64),
+        r"floats of 16 bits or more, got torch\.complex64",
+    ),
     "sparse": (sparse_weight, r"must be a dense tensor, got layout torch\.sparse_coo"),
     "expanded": (expanded_weight, "memory of its own for each entry, got strides"),
-    "weight_norm": (lambda: weight_norm(nn.Linear(4, 4)), r"WeightNorm computes it: call .*remove_weight_norm"),
-    "spectral_norm": (lambda: spectral_norm(nn.Linear(4, 4)), "SpectralNorm computes it: call .*remove_spectral_norm"),
+    "weight_norm": (
+        lambda: weight_norm(nn.Linear(4, 4)),
+        r"WeightNorm computes it: call .*remove_weight_norm",
+    ),
+    "spectral_norm": (
+        lambda: spectral_norm(nn.Linear(4, 4)),
+        "SpectralNorm computes it: call .*remove_spectral_norm",
+    ),
     "new weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
         r"parametrized by _WeightNorm: call .*remove_parametrizations\(layer, 'weight'\)",
@@ -168,7 +183,9 @@ def test_a_masked_weight_that_others_compute_stays_as_it_is(
     torch.testing.assert_close(y, model[3](product))
     assert (model[2].weight[~masks["2.weight"]] == 0).all()
     keys = model.state_dict().keys()
-    with pytest.raises(ValueError, match=r"model: '2\.weight' must be a parameter of its layer, and .* computes it"):
+    with pytest.raises(
+        ValueError, match=r"model: '2\.weight' must be a parameter of its layer, and .* computes it"
+    ):
         undo(model)
     assert type(model[0]) is MaskedLinear
     assert model.state_dict().keys() == keys

@@ -98,7 +98,9 @@ def test_compiled(warm: bool) -> None:
         for net in (compiled, twin):
             y = net(x)
             gradients.append((y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))))
-        for (name, _), got, want in zip(twin.named_parameters(), gradients[0][1:], gradients[1][1:], strict=True):
+        for (name, _), got, want in zip(
+            twin.named_parameters(), gradients[0][1:], gradients[1][1:], strict=True
+        ):
             torch.testing.assert_close(got, want * masks.get(name, 1))
         torch.testing.assert_close(gradients[0][0], gradients[1][0])
         for mask in masks_of(model).values():

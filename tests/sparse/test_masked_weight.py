@@ -111,7 +111,10 @@ def test_second_derivatives_through_a_reader() -> None:
 def test_transformers_of_torch(training: bool) -> None:
     """In eval mode without gradients a fast path reads the layers' weights."""
     encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
-    masks = {name: torch.rand_like(encoder.get_parameter(name)) < 0.3 for name in ("linear1.weight", "linear2.weight")}
+    masks = {
+        name: torch.rand_like(encoder.get_parameter(name)) < 0.3
+        for name in ("linear1.weight", "linear2.weight")
+    }
     masked, dense = copy.deepcopy(encoder).train(training), encoder.train(training)
     sparsify(masked, masks)
     apply(dense, masks)
@@ -141,7 +144,9 @@ def test_stand_ins_are_masked_and_left_as_they_are() -> None:
         weights = {name: make(torch.randn_like(masked.get_parameter(name))) for name in masks}
         before = {name: t.detach().clone() for name, t in weights.items()}
         products = {name: weights[name].detach() * mask for name, mask in masks.items()}
-        torch.testing.assert_close(functional_call(masked, weights, (x,)), functional_call(dense, products, (x,)))
+        torch.testing.assert_close(
+            functional_call(masked, weights, (x,)), functional_call(dense, products, (x,))
+        )
         assert all(torch.equal(weights[name], t) for name, t in before.items())
 
     for t in (*weights.values(), *products.values()):
@@ -280,7 +285,9 @@ def test_a_vector_of_all_parameters() -> None:
     apply(dense, masks)
     x = images()
     torch.testing.assert_close(masked(x), dense(x))
-    torch.testing.assert_close(parameters_to_vector(masked.parameters()), parameters_to_vector(dense.parameters()))
+    torch.testing.assert_close(
+        parameters_to_vector(masked.parameters()), parameters_to_vector(dense.parameters())
+    )
 
 
 def test_what_becomes_masked_is_zero_at_once_and_what_comes_back_starts_there() -> None:

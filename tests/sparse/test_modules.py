@@ -114,7 +114,9 @@ def test_state_dict_has_the_mask_and_brings_it_back() -> None:
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     second(x)  # makes the other masks' forms, which must not outlive them
     added = first.state_dict().keys() - plain
-    assert added == {name.replace(".weight", f".mask_{part}") for name in masks for part in ("words", "check")}
+    assert added == {
+        name.replace(".weight", f".mask_{part}") for name in masks for part in ("words", "check")
+    }
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(second.eval()(x), first.eval()(x))
     assert masks_of(second) == masks_of(first)
@@ -220,7 +222,9 @@ def test_under_autocast_as_their_dense_twins(memory_format: torch.memory_format)
         torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("make", [lambda **k: MaskedLinear(6, 4, **k), lambda **k: MaskedConv2d(6, 4, 2, **k)])
+@pytest.mark.parametrize(
+    "make", [lambda **k: MaskedLinear(6, 4, **k), lambda **k: MaskedConv2d(6, 4, 2, **k)]
+)
 def test_float16_as_their_dense_twins(make: Callable[..., nn.Module]) -> None:
     mask = torch.rand_like(make().weight) < 0.5
     layer, x = make(mask=mask), torch.randn(2, 6, 6, 6)

@@ -43,7 +43,7 @@ def permute(call: Call) -> Value:
 def view(call: Call) -> Value:
     """Dimensions split and merge in blocks of as many elements; each is read for itself."""
     value, old, new = call.first, call.shapes[0], tuple(call.result.shape)
-    if 0 in old or call.result.dtype != call.operands[0].dtype or value.kept is not None and call.written:
+    if 0 in old or call.result.dtype != call.operands[0].dtype or (value.kept is not None and call.written):
         return unknown_moved(call)
     axes: list[Axis] = [None] * len(new)
     dim: int | None = None
