@@ -44,6 +44,8 @@ def sparse_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     values = torch.ops.blokern.packed_values(weight, *forth[:3])
     yield "packed_values", (weight, *forth[:3])
     yield "packed_spmm", (values, x, images(4), *forth[:3], 4)
+    yield "mask_fingerprint", (mask.words, mask.check)
+    yield "clear_masked_", (weight.clone(), mask.words)
     rates = 0.1, 0.5, 0.0
     lists = [weight.clone()], [weight], [mask.words], [weight.clone()]
     yield "masked_sgd_step_", (*lists, *rates)
@@ -91,6 +93,7 @@ OTHERS = {
         "count_words",
         "nm_mask",
         "conv2d_entries",
+        "mask_check",
     ),
     *(f"random_start_{norm}" for norm in ("linf", "l2", "l1")),
     *(f"{name}_adjoint_tangent" for name in ("tanh", "sigmoid", "gelu", "gelu_tanh", "softplus", "elu")),

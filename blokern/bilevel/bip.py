@@ -93,8 +93,8 @@ class BiP:
     of step 2 works for pruned weights. BatchNorm's running statistics move twice a step; its parameters and the biases
     learn at the lower level alone. Scores start as √(6 / fan_in) · |θ| / max|θ|, so give a trained model.
 
-    The model's weights are w, zeros where m is 0. `theta` has the pruned ones, which the optimizer's step moves with the
-    others, by momentum and weight decay, and which come back where the mask does.
+    The model's weights are w, zeros where m is 0. `theta` has the pruned ones, which the optimizer's step moves with
+    the others, by momentum and weight decay, and which come back where the mask does.
 
     mode "released": the scores are θ itself, with the score gradient |θ| ⊙ g − (θ ⊙ g)² / γ and magnitudes ranked;
     that code also decays parameters whose gradient is zero once more, which is left out here.

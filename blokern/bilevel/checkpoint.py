@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from blokern import models
 from blokern.data import image_shape
+from blokern.ops.mask import check_of
 from blokern.sparse import SparseMask, sparsify
 
 __all__ = [
@@ -265,14 +266,18 @@ def _check_fit(
     model: nn.Module, masks: Mapping[str, SparseMask], weights: Mapping[str, Tensor], source: str | Path
 ) -> None:
     expected = model.state_dict()
-    known = expected.keys() | {_words_of(name) for name in masks}
+    known = expected.keys() | {key(name) for name in masks for key in (_words_of, _check_of)}
     problems = {
-        "missing": [name for name in expected if name not in weights],
+        # Files of before masks had checks lack those.
+        "missing": [name for name in expected if name not in weights and not name.endswith(_CHECK)],
         "unknown to the model": [name for name in weights if name not in known],
         "of another shape": [
             f"{name} {list(weights[name].shape)} for {list(tensor.shape)}"
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
+        ],
+        "with bits that do not fit their check": [
+            name for name in weights if name.endswith(_WORDS) and _is_damaged(weights, name)
         ],
     }
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
@@ -291,9 +296,23 @@ def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Spa
     return masks
 
 
+_WORDS, _CHECK = "mask_words", "mask_check"
+
+
 def _words_of(weight: str) -> str:
     """The state_dict's key for the mask of this parameter."""
-    return f"{weight.removesuffix('weight')}mask_words" if weight.endswith("weight") else ""
+    return f"{weight.removesuffix('weight')}{_WORDS}" if weight.endswith("weight") else ""
+
+
+def _check_of(weight: str) -> str:
+    """The state_dict's key for what that mask's bits are known by."""
+    return f"{weight.removesuffix('weight')}{_CHECK}" if weight.endswith("weight") else ""
+
+
+def _is_damaged(weights: Mapping[str, Tensor], words: str) -> bool:
+    check = weights.get(words.removesuffix(_WORDS) + _CHECK)
+    fits = weights[words].dtype == torch.int64
+    return check is not None and fits and not torch.equal(check.cpu(), check_of(weights[words]).cpu())
 
 
 def check_finite(weights: Any, source: str | Path) -> None:

@@ -33,10 +33,10 @@ def implicit_gradient(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """θ ⊙ (g − H q) − g ⊙ q with q = (M H M + γ I)⁻¹ (m ⊙ g), and the system's relative residual, a scalar.
 
-    grads: g by the names of masked weights, dense; theta: θ, None if pruned weights are zeros; H is ∇²_w ℓ of the batch,
-    by the model as it is: what a pass changes in it is put back. The solver's products with H and one more. average_: of
-    each product over the processes that have a part of the batch, in place. ValueError for a name that is no masked
-    layer's weight, or a gamma that is not positive and finite, and as the solver raises.
+    grads: g by the names of masked weights, dense; theta: θ by these names, None for zeros where m is 0; H is ∇²_w ℓ of
+    the batch, by the model as it is: what a pass changes in it is put back. The solver's products with H and one more.
+    average_: of each product over the processes that have a part of the batch, in place. ValueError for a name that is
+    no masked layer's weight, or a gamma that is not positive and finite, and as the solver raises.
 
     Zhang et al., "Advancing Model Pruning via Bi-level Optimization", NeurIPS 2022, before H is taken for zero.
 

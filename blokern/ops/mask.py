@@ -13,7 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from blokern._backend import C
 
-__all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask", "check_of"]
+__all__ = ["SparseMask", "Stream", "as_mask", "block_of", "check_mask", "check_of", "is_jit_traced"]
 
 T = TypeVar("T")
 
@@ -156,9 +156,9 @@ class SparseMask:
             truth, stored = _hash(self.words), int(self._check)
             if stored not in (truth, self._trusted):
                 raise ValueError(
-                    f"mask of a weight {list(self.shape)}: its bits have been averaged, or overwritten in part, or were "
-                    "never loaded. Average parameters alone (AveragedModel with use_buffers=False) or copy buffers "
-                    "that are no floats as they are; give the layer its mask anew by mask.update_ or load_state_dict"
+                    f"mask of a weight {list(self.shape)}: its bits have been averaged, or overwritten in part, or "
+                    "were never loaded. Average parameters alone (AveragedModel with use_buffers=False) or copy "
+                    "buffers that are no floats as they are; give the layer its mask anew by mask.update_ or load_state_dict"
                 )
             if stored != truth:  # the words alone were written, by whoever knows no check
                 self._check.data.fill_(truth)
@@ -198,7 +198,7 @@ class SparseMask:
 
     def to_dense(self) -> Tensor:
         """The mask as bool, in its shape."""
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not (torch.compiler.is_compiling() or is_jit_traced()):
             self.valid()
         dense: Tensor = torch.ops.blokern.words_mask(self.words, self.cols)
         return dense.view(self.shape)
@@ -275,6 +275,16 @@ def _check(mask: Tensor) -> None:
         raise ValueError(f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}")
     if mask.numel() >= 2**31:
         raise ValueError(f"mask must have fewer than 2^31 entries, got shape {tuple(mask.shape)}")
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace is at work.
+
+    >>> is_jit_traced()
+    False
+    """
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return traced
 
 
 def check_of(words: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blokern.ops.mask import SparseMask, check_mask
+from blokern.ops.mask import SparseMask, check_mask, is_jit_traced
 
 __all__ = ["GradientMask", "clear_masked_", "mark_masked", "masked_weight"]
 
@@ -22,7 +22,7 @@ def masked_weight(weight: Tensor, mask: SparseMask, *, dense_grad: bool = False)
     >>> masked_weight(torch.ones(1, 2), SparseMask(torch.tensor([[True, False]])))
     tensor([[1., 0.]])
     """
-    if not torch.jit.is_tracing():  # which would warn of it
+    if not is_jit_traced():  # which would warn of it
         check_mask(mask, weight, "weight")
     kept = mask.to_dense()
     if dense_grad:
@@ -43,11 +43,11 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent.clone()
 
 

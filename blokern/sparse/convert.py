@@ -21,9 +21,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def from_torch_prune(model: ModelT) -> ModelT:
     """Make masked layers of what torch.nn.utils.prune has pruned, in place; the outputs stay.
 
-    A layer's weight_orig becomes its weight again, the same parameter, zero where its weight_mask was, which becomes the
-    mask. Returns the model. Raises ValueError, before anything is changed, if something else is pruned than the weight
-    of an nn.Linear or nn.Conv2d that :func:`sparsify` takes, or a mask is not of zeros and ones.
+    A layer's weight_orig becomes its weight again, the same parameter, zero where its weight_mask was, which becomes
+    the mask. Returns the model. Raises ValueError, before anything is changed, if something else is pruned than the
+    weight of an nn.Linear or nn.Conv2d that :func:`sparsify` takes, or a mask is not of zeros and ones.
 
     >>> layer = prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5)
     >>> from_torch_prune(nn.Sequential(layer))[0].mask.kept

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blokern import ops
-from blokern.ops.mask import SparseMask, as_mask, check_mask, check_of
+from blokern.ops.mask import SparseMask, as_mask, check_mask, check_of, is_jit_traced
 from blokern.ops.masked_weight import GradientMask, clear_masked_, masked_weight
 from blokern.sparse.maskable import why_not_maskable
 
@@ -44,7 +44,8 @@ class Masked(nn.Module):
         weight = self._weight_now()
         if _WORDS not in self._buffers:  # the layer is being built
             return weight
-        if weight is not self.__dict__["_own_weight"] or _is_traced():
+        is_own: bool = weight is self.__dict__["_own_weight"]
+        if not is_own or _is_traced():
             return masked_weight(weight, self.mask, dense_grad=self.dense_grad)
         self.clear_weight()
         self._hook_gradient(weight)
@@ -113,7 +114,8 @@ class Masked(nn.Module):
     def _hook_gradient(self, weight: Tensor) -> None:
         """Copies of a parameter lose its hooks: so they are looked for whenever somebody reads it."""
         if weight.requires_grad and not any(True for _ in self._hooks_of(weight)):
-            weight.register_hook(GradientMask(weakref.WeakMethod(self.gradient_mask)))
+            hook = GradientMask(weakref.WeakMethod(self.gradient_mask))
+            weight.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _hooks_of(self, weight: Tensor) -> list[int]:
         hooks = weight._backward_hooks or {}
@@ -167,7 +169,7 @@ class Masked(nn.Module):
         self.__dict__["_own_weight"] = self._parameters.get("weight")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._own()
         return self
 
@@ -175,7 +177,7 @@ class Masked(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_mask"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if _CHECK not in self._buffers:
             self.register_buffer(_CHECK, check_of(self.mask_words))
         self._own()
@@ -215,11 +217,11 @@ class Masked(nn.Module):
     def _by_torch(self, weight: Tensor) -> bool:
         """Whether torch multiplies: tensors without values, and under torch.jit.trace, which would keep of the kernels'
         arguments what they are for this input and this mask."""
-        return weight.is_meta or torch.jit.is_tracing()
+        return weight.is_meta or is_jit_traced()
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_jit_traced()
 
 
 def under_autocast(x: Tensor, *parameters: Tensor | None) -> Any:
@@ -234,10 +236,10 @@ def under_autocast(x: Tensor, *parameters: Tensor | None) -> Any:
 class MaskedLinear(Masked, nn.Linear):
     """nn.Linear that computes with the kept entries of its weight only, forward and backward.
 
-    Arguments of nn.Linear, and mask: bool or SparseMask [out, in], copied; None keeps all. weight is zero where the mask
-    is 0, and its gradient too. The state_dict has two keys more, mask_words and mask_check, which need not be there when
-    it is loaded. Under autocast it computes in autocast's dtype. Raises ValueError or TypeError for a mask
-    that does not fit.
+    Arguments of nn.Linear, and mask: bool or SparseMask [out, in], copied; None keeps all. weight is zero where the
+    mask is 0, and its gradient too. The state_dict has two keys more, mask_words and mask_check, which need not be
+    there when it is loaded. Under autocast it computes in autocast's dtype. Raises ValueError or TypeError
+    for a mask that does not fit.
 
     >>> layer = MaskedLinear(8, 4, mask=torch.rand(4, 8) < 0.1)
     >>> layer(torch.randn(2, 8)).shape
@@ -249,9 +251,8 @@ class MaskedLinear(Masked, nn.Linear):
         self.take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._parameters.get("weight")
-        if weight is None:
-            weight = self.weight
+        stored = self._parameters.get("weight")
+        weight = self.weight if stored is None else stored
         if self._by_torch(weight):
             masked = masked_weight(weight, self.mask, dense_grad=self.dense_grad)
             return F.linear(input, masked, self.bias)
@@ -274,12 +275,12 @@ class MaskedConv2d(Masked, nn.Conv2d):
         self.take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._parameters.get("weight")
-        if weight is None:
-            weight = self.weight
+        stored = self._parameters.get("weight")
+        weight = self.weight if stored is None else stored
         if self._by_torch(weight):
             masked = masked_weight(weight, self.mask, dense_grad=self.dense_grad)
-            return self._conv_forward(input, masked, self.bias)
+            product: Tensor = self._conv_forward(input, masked, self.bias)
+            return product
         how = (self.stride, self.padding, self.dilation, self.groups)
         x, weight, bias = under_autocast(input, weight, self.bias)
         return ops.masked_conv2d(

@@ -31,7 +31,7 @@ __all__ = [
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _MASKED: dict[type[nn.Module], type[Masked]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-_DENSE = {masked: dense for dense, masked in _MASKED.items()}
+_DENSE: dict[type[nn.Module], type[nn.Module]] = {masked: dense for dense, masked in _MASKED.items()}
 
 
 def sparsify(model: ModelT, masks: Mapping[str, Tensor | SparseMask]) -> ModelT:
@@ -125,4 +125,4 @@ def check_droppable(model: nn.Module) -> None:
 def drop_mask(module: Masked) -> None:
     """Make a masked layer a dense one, with zeros for its masked weights."""
     module.drop()
-    module.__class__ = _DENSE[type(module)]
+    module.__class__ = _DENSE[type(module)]  # type: ignore[assignment]

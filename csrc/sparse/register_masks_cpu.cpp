@@ -49,7 +49,9 @@ uint64_t hash(const uint64_t* words, int64_t size) {
 
 const uint64_t* read_words(const Tensor& words) {
   TORCH_CHECK_TYPE(words.scalar_type() == at::kLong, "words must be int64, got ", words.scalar_type());
-  TORCH_CHECK_VALUE(words.is_contiguous(), "words must be contiguous, got strides ", words.strides());
+  TORCH_CHECK_VALUE(words.is_cpu() && words.is_contiguous(),
+                    "words must be contiguous and on the CPU device, got ", words.device(), " and strides ",
+                    words.strides());
   return static_cast<const uint64_t*>(words.const_data_ptr());
 }
 
@@ -66,7 +68,8 @@ constexpr int64_t kFingerprinted = 2048;
 int64_t mask_fingerprint(const Tensor& words, const Tensor& check) {
   const uint64_t* const data = read_words(words);
   TORCH_CHECK_VALUE(check.scalar_type() == at::kLong && check.numel() == 1 && check.is_cpu(),
-                    "check must be one int64 on the CPU, got ", check.scalar_type(), " ", check.sizes());
+                    "check must be one int64 on the CPU device, got ", check.scalar_type(), " ",
+                    check.sizes(), " on ", check.device());
   const int64_t size = std::min(words.numel(), kFingerprinted);
   const uint64_t all = hash(data + words.numel() - size, size);
   return static_cast<int64_t>(all ^ static_cast<uint64_t>(*check.const_data_ptr<int64_t>()));

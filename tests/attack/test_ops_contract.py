@@ -68,6 +68,7 @@ def test_every_schema_is_checked_here() -> None:
         "conv2d_entries",
         "conv2d_weight",
         "count_words",
+        *("mask_check", "mask_fingerprint", "clear_masked_"),
         "spmm",
         "sddmm",
         "packed_values",

@@ -164,7 +164,7 @@ def test_masks_that_do_not_fit_are_refused_and_leave_the_model_alone():
     weights = masked().state_dict()
     for model, message in (
         (layers(nn.Linear(1, 1)), "2 missing"),
-        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.ReLU()), "3 unknown to the model .*2.mask_words"),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.ReLU()), "4 unknown to the model .*2.mask_words"),
         (
             nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 71)),
             "unknown to the model .2.mask_words",

@@ -468,6 +468,5 @@ def test_imp_rewinds_and_prunes_the_trained_weights_that_are_left():
         to_dense(model).load_state_dict(early)
         sparsify(model, masks)
         before = {name: mask.to_dense() for name, mask in masks.items()}
-        weights = prunable(model).items()  # of which those that are kept count, whatever the others hold
-        assert all(torch.equal(w * before[name], early[name] * before[name]) for name, w in weights)
+        assert all(torch.equal(w, early[name] * before[name]) for name, w in prunable(model).items())
         train(model)

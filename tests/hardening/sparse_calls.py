@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blokern import ops
 from blokern.ops import reference
+from blokern.ops.masked_weight import clear_masked_
 
 PRODUCTS = (torch.float64, torch.float32, torch.bfloat16)
 STEPS = (torch.float64, torch.float32)
@@ -81,6 +82,10 @@ def sparse_mask(draw: Draw) -> None:
     for transposed in (False, True):
         matrix = one.view(kept.rows, kept.cols)
         check_stream(kept.stream(transposed=transposed), matrix.t() if transposed else matrix)
+    weight = draw.laid_out(draw.specials(shape, draw.one_of(FLOATS)))
+    expected = torch.where(one, weight, 0)
+    clear_masked_(weight, kept)
+    assert torch.equal(weight.nan_to_num(), expected.nan_to_num())
     assert torch.equal(kept.update_(two).to_dense(), two)
 
 

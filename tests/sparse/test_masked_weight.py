@@ -1,4 +1,4 @@
-"""What others see of a masked layer's weight, against dense networks with weight · mask: values, gradients, identity."""
+"""What others see of a masked layer's weight, against dense networks with weight · mask: values and gradients."""
 
 from __future__ import annotations
 
@@ -399,7 +399,7 @@ def test_frozen_weights_and_dtypes(requires_grad: bool) -> None:
 
 
 def test_replicas_as_of_data_parallel() -> None:
-    masked, dense, masks = masked_and_dense()
+    masked, _, masks = masked_and_dense()
     x = images()
     for name in masks:
         layer = masked.get_submodule(name.removesuffix(".weight"))

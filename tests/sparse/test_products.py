@@ -247,6 +247,7 @@ def test_opcheck() -> None:
     opcheck(blokern.words_mask.default, (sparse.words, 70), test_utils=tests)
     opcheck(blokern.transpose_words.default, (sparse.words, 70), test_utils=tests)
     opcheck(blokern.mask_stream.default, (sparse.words, 70, 64), test_utils=tests)
+    opcheck(blokern.clear_masked_.default, (weight.clone(), sparse.words), test_utils=tests)
 
 
 @pytest.mark.parametrize("dense_grad", [False, True])
