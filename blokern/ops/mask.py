@@ -158,7 +158,8 @@ class SparseMask:
                 raise ValueError(
                     f"mask of a weight {list(self.shape)}: its bits have been averaged, or overwritten in part, or "
                     "were never loaded. Average parameters alone (AveragedModel with use_buffers=False) or copy "
-                    "buffers that are no floats as they are; give the layer its mask anew by mask.update_ or load_state_dict"
+                    "buffers that are no floats as they are; give the layer its mask anew by mask.update_ or "
+                    "load_state_dict"
                 )
             if stored != truth:  # the words alone were written, by whoever knows no check
                 self._check.data.fill_(truth)

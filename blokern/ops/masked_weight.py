@@ -76,7 +76,10 @@ class GradientMask:
 
     mask: a weak reference to what gives the mask now, or None for no mask.
 
-    >>> hook = weight.register_hook(GradientMask(weakref.WeakMethod(layer.gradient_mask)))
+    >>> mask, weight = SparseMask(torch.tensor([[True, False]])), torch.ones(1, 2, requires_grad=True)
+    >>> handle = weight.register_hook(GradientMask(lambda: lambda: mask))
+    >>> torch.autograd.grad(weight.sum(), weight)
+    (tensor([[1., 0.]]),)
     """
 
     def __init__(self, mask: Callable[[], Callable[[], SparseMask | None] | None]) -> None:
