@@ -2,15 +2,22 @@
 
 All take images of shape [N, ...] (float64, float32, bfloat16 or float16, any layout), treat the first dimension as
 samples, work per sample, are deterministic whatever the number of threads, and have no derivative: an argument that
-requires grad outside ``torch.no_grad()`` is a ValueError. Arithmetic is at least float32.
+requires grad outside ``torch.no_grad()``, or has a tangent, is a ValueError. Arithmetic is at least float32.
 
-`eps` and `step_size` are floats or tensors of shape [N]; `active`, a bool tensor [N], leaves samples where it is
-false as they are. Every function raises ValueError for a value, shape, device or name that does not fit and TypeError
-for a type that does not, naming the argument.
+`eps` and `step_size` are floats or tensors of shape [N], or [] for one value; `clip_min` and `clip_max`, the box, are
+floats, the same for all channels; `active`, a bool tensor [N], leaves samples where it is false as they are. Every
+function raises ValueError for a value, shape, device or name that does not fit and TypeError for a type that does not,
+naming the argument.
+
+What is stored as bfloat16 or float16 lies in the ball and in the box as the real numbers that it is: bounds and results
+are rounded towards x (the norms of "l2" and "l1" are known to 1e-6 of eps), and a box that has none of the type's
+numbers is a ValueError. In float32 and float64 results are rounded to the nearest, as in a loop of torch's ops, whose
+bits "linf" has: they are off by half an ulp of x + eps at most for each element.
 """
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -150,8 +157,8 @@ def apgd_step_(
     tensor([[0.6000, 0.4000]])
     """
     step_size, eps = _sizes(x_adv, step_size, eps)
-    if isinstance(keep, int):
-        keep = torch.full((x_adv.shape[0],), keep, dtype=torch.int64, device=x_adv.device)
+    if isinstance(keep, Integral):
+        keep = torch.full((x_adv.shape[0],), int(keep), dtype=torch.int64, device=x_adv.device)
     args = (x_adv, x_prev, x, grad, step_size, eps, momentum, clip_min, clip_max, keep, active)
     _call("apgd_step", norm, "_", args)
     return x_adv
@@ -219,38 +226,54 @@ _ARGUMENTS = {
     "random_start": ("x", "eps", "clip_min", "clip_max", "first", "generator"),
     "fast_bat_step": ("z", "x", "grad", "step_size", "eps", "clip_min", "clip_max"),
 }
+#: Where a call's box stands.
+_BOX_AT = {name: arguments.index("clip_min") for name, arguments in _ARGUMENTS.items()}
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "step_size": ("a float or a Tensor", (float, int, Tensor)),
-    "eps": ("a float or a Tensor", (float, int, Tensor)),
-    "momentum": ("a float", (float, int)),
-    "clip_min": ("a float", (float, int)),
-    "clip_max": ("a float", (float, int)),
+    "step_size": ("a float or a Tensor", (Real, Tensor)),
+    "eps": ("a float or a Tensor", (Real, Tensor)),
+    "momentum": ("a float", (Real,)),
+    "clip_min": ("a float", (Real,)),
+    "clip_max": ("a float", (Real,)),
     "active": ("a Tensor or None", (Tensor, type(None))),
-    "keep": ("an int, a Tensor or None", (int, Tensor, type(None))),
-    "first": ("an int", (int,)),
+    "keep": ("an int, a Tensor or None", (Integral, Tensor, type(None))),
+    "first": ("an int", (Integral,)),
     "generator": ("a torch.Generator or None", (torch.Generator, type(None))),
 }
 
 
 def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> Any:
     """Runs an op: by torch's own handle where torch.compile is tracing, else by the cheaper direct call."""
-    if norm is None:
+    if name == "fast_bat_step":
         full_name = name
     elif norm in _NORMS:
         full_name = f"{name}_{norm}{suffix}"
     else:
         raise unknown_name("norm", norm, _NORMS)
+    if isinstance(args[_BOX_AT[name]], Tensor) or isinstance(args[_BOX_AT[name] + 1], Tensor):
+        raise _wrong_kind(name, args)
     if torch.compiler.is_compiling():
         return getattr(torch.ops.blokern, full_name).per_sample(*args)
     try:
         return getattr(C, full_name)(*args)
-    except TypeError:
-        # pybind11 lists signatures without names: say which argument does not fit, if it is one of ours.
-        for argument, value in zip(_ARGUMENTS[name], args, strict=True):
-            expected, kinds = _KINDS.get(argument, ("a Tensor", (Tensor,)))
-            if not isinstance(value, kinds):
-                raise TypeError(f"{argument} must be {expected}, got {type(value).__name__}") from None
-        raise
+    except (TypeError, NotImplementedError) as error:
+        # pybind11 lists signatures without names, and the dispatcher its backends: say which argument does not fit.
+        raise _wrong_kind(name, args) or error from None
+
+
+def _wrong_kind(name: str, args: tuple[Any, ...]) -> TypeError | None:
+    """The error for the first argument of a wrong type, if there is one."""
+    for argument, value in zip(_ARGUMENTS[name], args, strict=True):
+        expected, kinds = _KINDS.get(argument, ("a Tensor", (Tensor,)))
+        if not isinstance(value, kinds):
+            hint = ": the box is the same for all channels" if argument.startswith("clip_") else ""
+            return TypeError(f"{argument} must be {expected}, got {type(value).__name__}{hint}")
+        if isinstance(value, Tensor) and (
+            value.layout != torch.strided or value.is_nested or value.is_quantized
+        ):
+            return TypeError(
+                f"{argument} must be a dense tensor, got one of layout {value.layout}, {value.dtype}"
+            )
+    return None
 
 
 def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
@@ -262,12 +285,20 @@ def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
     if not any(isinstance(size, Tensor) for size in sizes) and not torch.compiler.is_compiling():
         return sizes
 
-    def per_sample(size: PerSample) -> Tensor:
-        if isinstance(size, Tensor):
-            return size.to(torch.float64)
-        return images.new_ones(images.shape[:1], dtype=torch.float64) * size
+    def per_sample(name: str, size: PerSample) -> Tensor:
+        if isinstance(size, float | int):
+            return images.new_ones(images.shape[:1], dtype=torch.float64) * size
+        if isinstance(size, Real):  # NumPy's
+            return images.new_full(images.shape[:1], float(size), dtype=torch.float64)
+        if not isinstance(size, Tensor):
+            raise TypeError(f"{name} must be a float or a Tensor, got {type(size).__name__}")
+        if size.dtype == torch.bool or size.is_complex():
+            raise TypeError(f"{name} must be a Tensor of real numbers, got {size.dtype}")
+        return (size.expand(images.shape[:1]) if size.dim() == 0 else size).to(torch.float64)
 
-    return tuple(per_sample(size) for size in sizes)
+    if not isinstance(images, Tensor):
+        return sizes  # as the op says
+    return tuple(map(per_sample, ("step_size", "eps")[-len(sizes) :], sizes))
 
 
 def _register_fakes() -> None:

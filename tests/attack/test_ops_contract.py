@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from ops_cases import NORMS, calls, images
@@ -286,6 +287,36 @@ WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], objec
     (TypeError, "eps must be a float or a Tensor, got str", lambda a, x, g: ops.project(a, x, "0.1")),
     (TypeError, "grad must be a Tensor, got NoneType", lambda a, x, g: ops.pgd_step(a, x, None, 0.1, 0.1)),
     (TypeError, "clip_max must be a float", lambda a, x, g: ops.project(a, x, 0.1, clip_max=None)),
+    (
+        TypeError,
+        "step_size must be a float or a Tensor, got list",
+        lambda a, x, g: ops.pgd_step(a, x, g, [0.1, 0.2], torch.tensor([0.1, 0.2])),
+    ),
+    (
+        TypeError,
+        "eps must be a Tensor of real numbers, got torch.complex64",
+        lambda a, x, g: ops.project(a, x, torch.tensor([0.1j, 0.2])),
+    ),
+    (
+        TypeError,
+        "step_size must be a Tensor of real numbers, got torch.bool",
+        lambda a, x, g: ops.pgd_step(a, x, g, torch.tensor([True, False]), 0.1),
+    ),
+    (
+        ValueError,
+        "norm must be one of 'linf', 'l2', 'l1', got None",
+        lambda a, x, g: ops.project(a, x, 0.1, norm=None),
+    ),
+    (
+        TypeError,
+        "x must be a dense tensor, got one of layout",
+        lambda a, x, g: ops.project(a, x.to_sparse(), 0.1),
+    ),
+    (
+        TypeError,
+        "x_adv must be a Tensor, got ndarray",
+        lambda a, x, g: ops.project(a.numpy(), x, torch.ones(2)),
+    ),
 ]
 
 
@@ -301,6 +332,53 @@ def test_a_wrong_call_says_what_is_wrong(
         call(*tensors)
     for t, old in zip(tensors, before, strict=True):
         assert torch.equal(t, old)
+
+
+def boxed(ops_: object, images: tuple[Tensor, Tensor, Tensor], **box: object) -> list[Callable[[], object]]:
+    """Every op with a box."""
+    a, x, g = images
+    steps = [lambda norm=norm: ops_.pgd_step(a, x, g, 0.1, 0.1, norm=norm, **box) for norm in NORMS]
+    return [
+        *steps,
+        lambda: ops_.pgd_step_(a.clone(), x, g, 0.1, 0.1, **box),
+        lambda: ops_.project(a, x, 0.1, **box),
+        lambda: ops_.project_(a.clone(), x, 0.1, **box),
+        lambda: ops_.apgd_step_(a.clone(), a.clone(), x, g, 0.1, 0.1, **box),
+        lambda: ops_.random_start(x, 0.1, **box),
+        lambda: ops_.fast_bat_step(a, x, g, 0.1, 0.1, **box),
+    ]
+
+
+@pytest.mark.parametrize("bound", ["clip_min", "clip_max"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3, 1, 1), torch.tensor(0.5), torch.ones(1), [0.0, 0.0, 0.0], np.ones(3), "1", 1j]
+)
+def test_a_box_is_two_numbers(bound: str, value: object) -> None:
+    for call in boxed(ops, images((2, 3, 4, 4)), **{bound: value}):
+        with pytest.raises(
+            TypeError, match=f"{bound} must be a float, got {type(value).__name__}: the box is the same"
+        ):
+            call()
+
+
+def test_numbers_of_other_kinds() -> None:
+    """NumPy's scalars, integers, and tensors of one value are the numbers that they are."""
+    x_adv, x, grad = images((2, 3, 4, 4))
+    want = ops.pgd_step(x_adv, x, grad, 0.5, 0.25)
+    for half, quarter in (
+        (np.float32(0.5), np.float64(0.25)),
+        (torch.tensor(0.5), torch.tensor(0.25, dtype=torch.float16)),
+        (np.float32(0.5), torch.full((2,), 0.25)),
+    ):
+        assert torch.equal(ops.pgd_step(x_adv, x, grad, half, quarter), want)
+        assert torch.equal(
+            ops.pgd_step(x_adv, x, grad, half, quarter, clip_min=np.int64(0), clip_max=np.float32(1)), want
+        )
+    kept = [
+        ops.apgd_step_(x_adv.clone(), x.clone(), x, grad, 0.5, 0.25, norm="l1", keep=keep)
+        for keep in (3, np.int64(3))
+    ]
+    assert torch.equal(*kept)
 
 
 def test_the_same_tensor_may_be_image_and_start() -> None:
