@@ -32,7 +32,8 @@ def masked_conv2d(
 ) -> Tensor:
     """F.conv2d(x, weight ⊙ mask, bias, stride, padding, dilation, groups), for the kept entries only.
 
-    float64, float32 or bfloat16 (sums in float32), one dtype for all.
+    float64, float32, bfloat16 or float16 (sums in float32), one dtype for all. Under a transform of torch.func, and in
+    forward mode, it is that very expression in torch's ops.
 
     x: [N, in, H, W] or [in, H, W]; weight: [out, in/groups, kh, kw]; mask: bool of that shape, or a SparseMask, which
     keeps what a bool mask costs at every call; bias: [out]; padding also "same" (stride 1) or "valid". A masked weight

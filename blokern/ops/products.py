@@ -1,7 +1,8 @@
 """Products with a masked weight that do work for the kept entries only, and read no other weight.
 
-float64, float32 or bfloat16 (sums in float32), any strides. Differentiable any number of times: the two products
-are each other's derivatives. A row's sum has one order, whatever the number of threads; only where a mask keeps so
+float64, float32, bfloat16 or float16 (sums in float32), any strides. Differentiable any number of times: the two
+products are each other's derivatives. Under transforms of torch.func, and in forward mode, they are their definitions
+in torch's ops (definitions.py). A row's sum has one order, whatever the number of threads; only where a mask keeps so
 much that the dense product is faster, which on CUDA is from a few percent on, torch multiplies, the masked weights
 being zeros, with what its products promise.
 """

@@ -15,7 +15,7 @@ from blokern import ops
 from blokern.ops import reference
 from blokern.ops.masked_weight import clear_masked_
 
-PRODUCTS = (torch.float64, torch.float32, torch.bfloat16)
+PRODUCTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STEPS = (torch.float64, torch.float32)
 
 

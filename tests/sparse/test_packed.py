@@ -18,7 +18,7 @@ from blokern import ops
 from blokern.sparse import MaskedLinear, PackedLinear, pack, sparsify
 from blokern.sparse import packed as packed_module
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def check_every_size(dtype: torch.dtype) -> None:
@@ -91,8 +91,8 @@ def test_wrong_arguments_are_named() -> None:
     packed = ops.pack_weight(weight, mask)
     with pytest.raises(ValueError, match=r"mask must have the shape of weight"):
         ops.pack_weight(weight, mask.t())
-    with pytest.raises(TypeError, match="weight must be float64, float32 or bfloat16"):
-        ops.pack_weight(weight.half(), mask)
+    with pytest.raises(TypeError, match="weight must be float64, float32, bfloat16 or float16"):
+        ops.pack_weight(weight.int(), mask)
     with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 7\], got \(3, 6\)"):
         ops.packed_linear(x[:, :6], packed)
     with pytest.raises(TypeError, match="x must have the weight's dtype"):
