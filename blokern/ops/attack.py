@@ -250,30 +250,30 @@ def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> A
     else:
         raise unknown_name("norm", norm, _NORMS)
     if isinstance(args[_BOX_AT[name]], Tensor) or isinstance(args[_BOX_AT[name] + 1], Tensor):
-        raise _wrong_kind(name, args)
+        _check_kinds(name, args)
     if torch.compiler.is_compiling():
         return getattr(torch.ops.blokern, full_name).per_sample(*args)
     try:
         return getattr(C, full_name)(*args)
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, NotImplementedError):
         # pybind11 lists signatures without names, and the dispatcher its backends: say which argument does not fit.
-        raise _wrong_kind(name, args) or error from None
+        _check_kinds(name, args)
+        raise
 
 
-def _wrong_kind(name: str, args: tuple[Any, ...]) -> TypeError | None:
-    """The error for the first argument of a wrong type, if there is one."""
+def _check_kinds(name: str, args: tuple[Any, ...]) -> None:
+    """Raises TypeError for the first argument of a wrong type, if there is one."""
     for argument, value in zip(_ARGUMENTS[name], args, strict=True):
         expected, kinds = _KINDS.get(argument, ("a Tensor", (Tensor,)))
         if not isinstance(value, kinds):
             hint = ": the box is the same for all channels" if argument.startswith("clip_") else ""
-            return TypeError(f"{argument} must be {expected}, got {type(value).__name__}{hint}")
+            raise TypeError(f"{argument} must be {expected}, got {type(value).__name__}{hint}") from None
         if isinstance(value, Tensor) and (
             value.layout != torch.strided or value.is_nested or value.is_quantized
         ):
-            return TypeError(
+            raise TypeError(
                 f"{argument} must be a dense tensor, got one of layout {value.layout}, {value.dtype}"
             )
-    return None
 
 
 def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:

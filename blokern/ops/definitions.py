@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-@torch.compiler.assume_constant_result  # graphs are guarded by the transforms that are at work
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # graphs are guarded by the transforms
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, or a level of torch.autograd.forward_ad: tensors may then have
     tangents, or be stand-ins for batches.
@@ -145,9 +145,9 @@ class StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's stub
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
     @staticmethod
-    def jvp(ctx: Any, weight_dot: Tensor, _: None) -> Tensor:  # type: ignore[override]  # torch's stub
+    def jvp(ctx: Any, weight_dot: Tensor, _: None) -> Tensor:
         return weight_dot.clone()
