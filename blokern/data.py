@@ -481,8 +481,15 @@ def _torchvision(name: str, data_dir: Path | None, *, cls: str, num_classes: int
     """CIFAR-10, CIFAR-100 and SVHN as torchvision stores and reads them."""
     try:
         from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(f"{name} is read through torchvision: pip install 'blokern[vision]'") from error
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name} is read through torchvision: pip install 'blokern[vision]' ({error})"
+        ) from error
+    except Exception as error:  # one for another torch raises anything
+        raise ImportError(
+            f"{name} is read through torchvision, which cannot be imported beside torch {torch.__version__}: {error}; "
+            "install the one that belongs to that torch"
+        ) from error
     root = _required(name, data_dir, f"torchvision's {cls} files")
 
     def part(split: str) -> ImageDataset:

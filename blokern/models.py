@@ -326,11 +326,20 @@ def _timm(
     _check_counts(num_classes=num_classes, in_channels=in_channels)
     try:
         import timm
-    except ImportError as error:
-        raise ImportError(f"timm:{name} is built by timm: pip install 'blokern[vision]'") from error
+    except ModuleNotFoundError as error:
+        raise ImportError(f"timm:{name} is built by timm: pip install 'blokern[vision]' ({error})") from error
+    except Exception as error:  # a torchvision for another torch raises anything
+        raise ImportError(
+            f"timm:{name} is built by timm, which cannot be imported beside torch {torch.__version__}: {error}; "
+            "install the torchvision that belongs to that torch"
+        ) from error
     if not timm.is_model(name):
         raise ValueError(f"name: timm {timm.__version__} has no model {name!r}; timm.list_models() lists all")
-    network = timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **kwargs)
+    try:
+        network = timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        asked = ", ".join(f"{key}={value!r}" for key, value in {"in_chans": in_channels, **kwargs}.items())
+        raise ValueError(f"name: timm makes no {name} with {asked}: {error}") from error
     return nn.Sequential(OrderedDict(normalize=Normalize(in_channels, mean, std), network=network))
 
 
@@ -358,7 +367,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
 
     ``kwargs`` go to the builder: ``num_classes``, ``in_channels``, ``mean``, ``std``, and ``width`` (the
     channels of the first stage; ``widen`` for ``wide_resnet28_10``). ValueError for an unknown name or a bad
-    argument, ImportError when timm is needed and absent.
+    argument, ImportError when timm is needed and absent, or cannot be imported.
 
     >>> train = load("fashion-mnist").train
     >>> model = build("small_cnn", in_channels=1, mean=train.mean, std=train.std)

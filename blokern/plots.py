@@ -19,7 +19,7 @@ from torch import Tensor
 from blokern.bilevel.checkpoint import write_atomically
 from blokern.curvature import SpectralDensity
 
-__all__ = ["comparison", "curves", "examples", "layers", "minutes", "sparsity", "spectrum"]
+__all__ = ["comparison", "curves", "epoch_axis", "examples", "layers", "minutes", "sparsity", "spectrum"]
 
 #: By label of the method, by density, a value for each seed.
 Points: TypeAlias = Mapping[str, Mapping[float, Sequence[float]]]
@@ -54,8 +54,8 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) 
             epochs = [record["epoch"] for record in records]
             # Dots as well: a run of one epoch has no line.
             axes.plot(epochs, [scale * record[key] for record in records], ".-", label=name)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=title)
+        epoch_axis(axes, len(max(runs.values(), key=len)))
         axes.grid(alpha=0.3)
     if len(runs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 6))
@@ -186,7 +186,11 @@ def minutes(accuracies: Points, minutes: Points, dense: Sequence[float], path: s
         axes.scatter(
             times, means, [20 + 200 * density for density in points], color=f"C{number}", label=label
         )
+    for density in sorted({density for points in accuracies.values() for density in points}, reverse=True):
+        axes.scatter([], [], 20 + 200 * density, color="gray", label=f"{100 * density:.4g} % kept")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="minutes of pruning and training")
     axes.legend()
     _write(figure, path)
@@ -252,6 +256,17 @@ def spectrum(density: SpectralDensity, size: int, title: str, path: str | Path) 
     axes.grid(alpha=0.3)
     figure.set_label("spectrum")  # told in the file, by which a later one knows that it may replace it
     _write(figure, path)
+
+
+def epoch_axis(axes: Any, epochs: int) -> None:
+    """Ticks at whole epochs, of a run of one epoch at that one.
+
+    >>> epoch_axis(axes, 20)
+    """
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if epochs == 1:
+        axes.set_xticks([1])
 
 
 def _accuracy_axes(accuracies: Points, dense: Sequence[float]) -> tuple[Figure, Any]:

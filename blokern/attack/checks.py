@@ -225,5 +225,5 @@ def check_finite_logits(logits: Tensor) -> None:
     broken = int((logits.isnan() | logits.isposinf()).any(dim=1).sum())
     if broken:
         raise FloatingPointError(
-            f"model returns NaN or inf for {broken} of {len(logits)} images that nobody attacked: are its weights finite?"
+            f"model returns NaN or inf for {broken} of {len(logits)} unattacked images: are its weights finite?"
         )

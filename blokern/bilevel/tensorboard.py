@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ def tensorboard(run_dir: Path, epoch: int, writes: bool = True) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("TensorBoard is not installed: metrics go to metrics.jsonl only", file=sys.stderr, flush=True)
         return _NoBoard()
     return SummaryWriter(str(run_dir), purge_step=epoch + 1)
 

@@ -113,6 +113,7 @@ class Trainer:
         self.threat = _threat(rule, settings, threat)
         self.rule = rule
         self.processes = rule.processes if isinstance(rule, DistributedRule) else Processes()
+        self.splits = splits
         self.settings = settings
         self.run_dir = Path(run_dir)
         self.checkpoint_minutes = checkpoint_minutes
@@ -183,7 +184,12 @@ class Trainer:
         """
         with self._locked():
             if self.complete:
-                self._say(f"{self.run_dir}: complete, all {self.settings.epochs} epochs are done")
+                done = (
+                    "its epoch is done"
+                    if self.settings.epochs == 1
+                    else f"all {self.settings.epochs} epochs are done"
+                )
+                self._say(f"{self.run_dir}: complete, {done}")
             else:
                 with contextlib.closing(Saver(self.run_dir, self.keep_last)) as self._saver:
                     self._train()

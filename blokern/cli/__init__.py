@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["WAITING", "main"]
 
 #: How idle threads wait, in the words of OpenMP, of GNU's and of Intel's runtime.
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,5 +43,5 @@ def _share_the_machine() -> None:
     Where another program has the processors, a spinning thread keeps its own partner from them, and training is ten
     times slower. It is read when torch is loaded, so here, and chosen by the program: never by the library.
     """
-    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -16,15 +16,15 @@ def bench(argv: list[str]) -> int:
     """Measure the speed of a network or, in a checkout of the repository, of ops and steps: blokern bench --help."""
     if argv[:1] == ["model"]:
         return bench_model(argv[1:])
-    if argv[:1] in (["-h"], ["--help"]):
+    if argv[:1] in ([], ["-h"], ["--help"]):
         print(
             "usage: blokern bench model CHECKPOINT ...\n"
-            "       blokern bench [SUITE] ...\n\n"
+            "       blokern bench SUITE ...\n\n"
             f"  model      {first_line(bench_model)}\n"
-            "  SUITE      Ops and steps against their peers, in a checkout of the repository.\n\n"
+            "  SUITE      Ops and steps against their peers, in a checkout of the repository; all: every suite.\n\n"
             "blokern bench model --help says more, and so does blokern bench all --help."
         )
-        return 0
+        return 0 if argv else 2
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "run.py").exists():
         raise FileNotFoundError(f"the benchmarks come with the repository; {root} has no benchmarks/run.py")

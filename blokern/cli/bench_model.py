@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from blokern.cli.compare import check_different
-from blokern.cli.options import INPUT_SHAPE, Integers, Option, make_parser, parse, set_threads
+from blokern.cli.options import INPUT_SHAPE, Integers, Option, make_parser, parse, say, set_threads
 from blokern.cli.output import JSON, check_files, write_json
 from blokern.cli.source import Source
 
@@ -21,6 +21,8 @@ __all__ = ["bench_model"]
 
 #: Of the largest output of the dense network: far above rounding in float32, far below a wrong result.
 _TOLERANCE = 1e-3
+#: Of a form's samples, above which a figure is told with a warning.
+_SCATTER = 0.25
 
 
 def bench_model(argv: list[str]) -> int:
@@ -71,6 +73,11 @@ def bench_model(argv: list[str]) -> int:
             rivals = {name: partial(form, x) for name, form in forms.items()}
             rows += run_case(Case(f"batch {batch}", rivals, ours="dense"), options["rounds"])
         print(_table(batch, rows[-len(forms) :]), flush=True)
+    if (widest := max(row.spread for row in rows)) > _SCATTER:
+        say(
+            f"the samples of a form differ by up to ±{widest:.0%}: other programs take the processors, and the factors "
+            "above are not to be relied on; --rounds 21 or a quieter machine makes them firmer"
+        )
     if options["json"] is not None:
         write_json(options["json"], {"checkpoint": path, "input_shape": shape, **report(rows)})
     return 0

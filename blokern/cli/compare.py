@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,10 @@ from blokern.cli.options import (
     Integers,
     Option,
     Options,
+    Turns,
     check_known,
+    counted,
+    drawn,
     flag,
     make_parser,
     methods,
@@ -35,7 +37,7 @@ from blokern.cli.options import (
 )
 from blokern.cli.output import check_study_folder, write_json
 from blokern.cli.source import Source
-from blokern.cli.train import make_trainer, train_parser
+from blokern.cli.train import at_work, make_trainer, train_parser
 
 if TYPE_CHECKING:
     from blokern.data import ImageDataset
@@ -98,7 +100,8 @@ def compare(argv: list[str]) -> int:
         ]
         for entry in entries
     }
-    runs = {entry: [_run(entry, plan, test, attack) for plan in plans[entry]] for entry in entries}
+    turns = Turns(len(planned))
+    runs = {entry: [_run(entry, plan, test, attack, turns) for plan in plans[entry]] for entry in entries}
     _write_results(out, runs, options)
     print((out / "results.md").read_text(encoding="utf-8"), end="")
     return 0
@@ -169,12 +172,12 @@ class Run:
         return statistics.median(record["train_seconds"] for record in self.history)
 
 
-def _run(entry: Entry, options: Options, test: ImageDataset, attack: Options) -> Run:
+def _run(entry: Entry, options: Options, test: ImageDataset, attack: Options, turns: Turns) -> Run:
     """Train and attack, except for what is there already."""
     from blokern.bilevel import checkpoint
 
     trainer = make_trainer(entry.method, options)
-    print(f"{entry.label}, seed {options['seed']}:", file=sys.stderr)
+    turns.next(f"{entry.label}, seed {options['seed']}; {at_work(trainer, options)}")
     history = trainer.fit()
     results: dict[str, Options] = {}
     for name in ("best", "last"):
@@ -202,7 +205,7 @@ def _write_results(out: Path, runs: Mapping[Entry, Sequence[Run]], options: Opti
 
     attack = next(iter(runs.values()))[0].best["attack"]
     rows = [
-        f"{options['data']}, {options['model']}, eps {options['eps']:.4g}, {options['epochs']} epochs; "
+        f"{options['data']}, {options['model']}, eps {options['eps']:.4g}, {counted(options['epochs'], 'epoch')}; "
         f"{attack} within that eps on {next(iter(runs.values()))[0].best['samples']} test images; "
         f"mean ± standard deviation over seeds {', '.join(map(str, options['seeds']))}.",
         "",
@@ -234,26 +237,22 @@ def _write_results(out: Path, runs: Mapping[Entry, Sequence[Run]], options: Opti
     }
     write_atomically(out / "results.md", ("\n".join(rows) + "\n").encode())
     write_json(out / "results.json", results)
-    plots.comparison(
-        {
-            entry.label: {
-                "SA": [run.best["clean_accuracy"] for run in own],
-                attack: [run.best["robust_accuracy"] for run in own],
-            }
-            for entry, own in runs.items()
-        },
-        out / "comparison.png",
-    )
-    plots.curves(
-        {
-            entry.label: [
-                {key: statistics.fmean(record[key] for record in epoch) for key in epoch[0]}
-                for epoch in zip(*(run.history for run in own), strict=True)
-            ]
-            for entry, own in runs.items()
-        },
-        out / "curves.png",
-    )
+    accuracies = {
+        entry.label: {
+            "SA": [run.best["clean_accuracy"] for run in own],
+            attack: [run.best["robust_accuracy"] for run in own],
+        }
+        for entry, own in runs.items()
+    }
+    means = {
+        entry.label: [
+            {key: statistics.fmean(record[key] for record in epoch) for key in epoch[0]}
+            for epoch in zip(*(run.history for run in own), strict=True)
+        ]
+        for entry, own in runs.items()
+    }
+    drawn(lambda: plots.comparison(accuracies, out / "comparison.png"))
+    drawn(lambda: plots.curves(means, out / "curves.png"))
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from blokern.cli.options import check_known, first_line
 from blokern.cli.prune import prune
 from blokern.cli.report import report
 from blokern.cli.spectrum import spectrum
-from blokern.cli.streams import heard
+from blokern.cli.streams import heard, plain_warnings
 from blokern.cli.train import train
 
 __all__ = ["COMMANDS", "run"]
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def run(argv: list[str]) -> int:
     """Run a command line, and return the exit code: see :func:`blokern.cli.main`."""
-    with heard():
+    with heard(), plain_warnings():
         try:
             return _dispatch(argv)
         except SystemExit as done:  # --help ends so

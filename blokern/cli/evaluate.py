@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blokern.cli.options import (
     MACHINE_OPTIONS,
@@ -16,6 +19,7 @@ from blokern.cli.options import (
     check_known,
     make_parser,
     parse,
+    say,
     select_device,
     told_of,
 )
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["ATTACKS", "attacked", "check_attack", "evaluate"]
 
 ATTACKS = ("pgd", "apgd", "fgsm")
+
+_Batch = TypeVar("_Batch")
 
 
 def evaluate(argv: list[str]) -> int:
@@ -53,7 +59,10 @@ def evaluate(argv: list[str]) -> int:
                 "budget of the attack, for pixels in [0, 1] (default: as trained; needed where the training met no "
                 "attack, or one in another norm)",
             ),
-            *STRENGTH_OPTIONS,
+            *(
+                replace(option, default=None, help=f"{option.help} (default: {option.default})")
+                for option in STRENGTH_OPTIONS
+            ),
             Option(
                 "surrogate", str, None, "fp32 or bf16: step by a faster copy of the network, judge by itself"
             ),
@@ -83,8 +92,14 @@ def _evaluate(options: Options, device: str, processes: Processes) -> None:
     check_files([("json", options["json"], JSON)], sources=[source.path])
     name = options["data"] or source.data["name"]
     threat = _budget(options, source)
-    words = ("attack", "steps", "restarts", "surrogate", "seed")
+    words = ("attack", "surrogate", "seed")
     attack = {**{key: options[key] for key in words}, "norm": threat.norm, "eps": threat.eps}
+    for option in STRENGTH_OPTIONS:
+        given = options[option.name]
+        if attack["attack"] != "fgsm":
+            attack[option.name] = option.default if given is None else given
+        elif given is not None and processes.leads:
+            say(f"fgsm takes one step from the image: --{option.name} is not used")
     check_attack(attack)
     data_dir = options["data_dir"] or source.data_dir
     with told_of("data"):
@@ -156,16 +171,26 @@ def attacked(
     adversary = _adversary(model, generator, **attack)
     batches = Batches(test, 256)
     own = batches.dealt(processes.rank, processes.size, generator, seed)
+    total = math.ceil(len(batches) / processes.size)
+    watched = sys.stderr.isatty()
+    if processes.leads and not watched:
+        say(f"{adversary.name} on {len(test)} images, {device}, {torch.get_num_threads()} threads")
     with tqdm(
-        own,
-        adversary.name,
-        math.ceil(len(batches) / processes.size),
-        unit="batch",
-        disable=None if processes.leads else True,
-        leave=False,
+        own, adversary.name, total, unit="batch", disable=not (watched and processes.leads), leave=False
     ) as bar:
-        result = evaluate(model, bar, adversary, processes=processes)
+        news = processes.leads and not watched
+        result = evaluate(model, _told(bar, total) if news else bar, adversary, processes=processes)
     return {**attack, "seed": seed, "attack": adversary.name, **asdict(result)}
+
+
+def _told(batches: Iterable[_Batch], total: int) -> Iterator[_Batch]:
+    """The batches; where no bar shows how far they are, a line says it every half minute."""
+    said = time.monotonic()
+    for done, batch in enumerate(batches):
+        if done and time.monotonic() - said > 30:
+            say(f"{done} of {total} batches")
+            said = time.monotonic()
+        yield batch
 
 
 def _check_images(model: nn.Module, source: Source, test: ImageDataset) -> None:
@@ -194,8 +219,8 @@ def _adversary(
     attack: str,
     norm: Any,
     eps: float,
-    steps: int,
-    restarts: int,
+    steps: int = 1,
+    restarts: int = 1,
     surrogate: Any = None,
 ) -> Any:
     from blokern.attack import APGD, FGSM, PGD

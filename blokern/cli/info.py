@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from importlib.util import find_spec
 
 from blokern._version import __version__
+from blokern.cli import WAITING
 from blokern.cli.options import MACHINE_OPTIONS, make_parser, parse, select_device
 
 __all__ = ["info", "machine"]
@@ -16,6 +19,12 @@ def info(argv: list[str]) -> int:
     for name, value in machine().items():
         print(f"{name + ':':24} {value}")
     return 0
+
+
+def waiting() -> str:
+    """How idle threads wait, as the environment has it: :func:`blokern.cli.main` chooses, where the user has not."""
+    given = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    return ", ".join(given) or "as the OpenMP runtime does by itself"
 
 
 def machine() -> dict[str, str]:
@@ -38,5 +47,9 @@ def machine() -> dict[str, str]:
         **build,
         "cpu instruction set": torch.backends.cpu.get_cpu_capability(),
         "cpu threads": str(torch.get_num_threads()),
+        "cpu threads wait": waiting(),
         "cuda": cuda,
+        "tensorboard": "installed"
+        if find_spec("tensorboard")
+        else "not installed: metrics go to metrics.jsonl only",
     }

@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
@@ -31,7 +33,10 @@ __all__ = [
     "Option",
     "Options",
     "Shape",
+    "Turns",
     "check_known",
+    "counted",
+    "drawn",
     "first_line",
     "flag",
     "in_words",
@@ -40,6 +45,7 @@ __all__ = [
     "parse",
     "pick",
     "run_options",
+    "say",
     "select_device",
     "set_threads",
     "settings_options",
@@ -371,6 +377,47 @@ def in_words(number: float) -> str:
     if parts >= 1 and abs(parts - round(parts)) < 1e-9 and number != round(number, 4):
         return f"{round(parts)}/255"
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
+def say(message: str) -> None:
+    """A line of news; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def drawn(draw: Callable[[], None]) -> None:
+    """Draw a picture of results that are written already: they stand without it."""
+    try:
+        draw()
+    except Exception as error:  # of matplotlib, of its fonts, of the disk
+        say(f"blokern: a picture is not drawn: {error}")
+
+
+class Turns:
+    """Says which of the runs of a study is next, and how long the rest will take.
+
+    >>> turns = Turns(6)
+    >>> turns.next("fast-at, seed 0")
+    run 1 of 6: fast-at, seed 0
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self._started = time.monotonic()
+
+    def next(self, run: str) -> None:
+        left = ""
+        if self.done:  # each as long as those before; what was there already took no time
+            seconds = (time.monotonic() - self._started) / self.done * (self.total - self.done)
+            left = (
+                f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
+            )
+        self.done += 1
+        say(f"run {self.done} of {self.total}: {run}{left}")
+
+
+def counted(number: int, word: str) -> str:
+    """As "1 epoch", "2 epochs"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def first_line(documented: object) -> str:

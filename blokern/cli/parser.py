@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         self.needed: list[str] = []
         self._last_words = epilog
 
-    def add_argument(self, *names: str, **how: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
         return self._add(self, *names, **how)
 
     def add_to(self, group: str, *names: str, **how: Any) -> argparse.Action:
@@ -290,7 +290,8 @@ def _help(text: str, default: Any) -> str:
         return text
     if isinstance(default, tuple):
         return f"{text} (default: {','.join(map(str, default))})"
-    return f"{text} (default: {f'{default:.4g}' if isinstance(default, float) else str(default).replace('True', 'true')})"
+    words = f"{default:.4g}" if isinstance(default, float) else str(default)
+    return f"{text} (default: {words.lower() if default is True else words})"
 
 
 class _Formatter(argparse.HelpFormatter):

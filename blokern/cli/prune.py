@@ -24,6 +24,9 @@ from blokern.cli.options import (
     Number,
     Option,
     Options,
+    Turns,
+    counted,
+    drawn,
     flag,
     make_parser,
     parse,
@@ -107,14 +110,21 @@ def _prune(options: Options, entries: Sequence[Entry], processes: Processes) -> 
     given = None if options["dense"] is None else given_dense(Path(options["dense"]), options)
     keep_freed_memory()
     dense, runs = {}, []
+    turns = Turns(len(plans) + (0 if given else len(options["seeds"])))
+    news = turns.next if processes.leads else lambda run: None
     for seed in options["seeds"]:
+        if given is None:
+            news(f"dense, seed {seed}")
         network = given or trained_dense(training[seed], rewinds | {_KEPT_EPOCH}, processes)
         for epoch in rewinds:
             network.early(epoch)
         processes.lead(lambda: _write_settings(options))
         study = Study(options, network, processes)
         dense[network] = study.accuracy(network.path, study.out / "dense" / f"test-{network.seed}.json")
-        runs += [study.run(plan) for plan in plans if plan.seed == seed]
+        for plan in plans:
+            if plan.seed == seed:
+                news(_in_words(plan.label, plan.settings.density, seed))
+                runs.append(study.run(plan))
     if processes.leads:
         _write_results(options, dense, runs)
         print(Path(options["out"], "results.md").read_text(encoding="utf-8"), end="")
@@ -230,8 +240,8 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
 
     trained = [network.seconds for network in dense if network.seconds is not None]
     rows = [
-        f"{options['data']}, {options['model']}, {options['granularity']} pruning, {options['epochs']} epochs of "
-        "training after it; weights kept as counted, of the layers that have masks and of all parameters; accuracy of "
+        f"{options['data']}, {options['model']}, {options['granularity']} pruning, {counted(options['epochs'], 'epoch')} "
+        "of training after it; weights kept as counted, of the layers that have masks and of all parameters; accuracy of "
         "the best epoch on the test images, seconds of pruning and training; mean ± standard deviation over seeds "
         f"{', '.join(map(str, options['seeds']))}.",
         "",
@@ -271,15 +281,15 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
         }
 
     accuracies = each(lambda run: run.accuracy)
-    plots.sparsity(accuracies, [*dense.values()], out / "sparsity.png")
-    plots.minutes(accuracies, each(lambda run: run.seconds / 60), [*dense.values()], out / "minutes.png")
-    plots.layers(
-        {
-            density: {label: _kept(densities[density]) for label, densities in points.items()}
-            for density in options["density"]
-        },
-        out / "layers.png",
-    )
+    trained_ones = [*dense.values()]
+    seconds = each(lambda run: run.seconds / 60)
+    kept = {
+        density: {label: _kept(densities[density]) for label, densities in points.items()}
+        for density in options["density"]
+    }
+    drawn(lambda: plots.sparsity(accuracies, trained_ones, out / "sparsity.png"))
+    drawn(lambda: plots.minutes(accuracies, seconds, trained_ones, out / "minutes.png"))
+    drawn(lambda: plots.layers(kept, out / "layers.png"))
 
 
 def _kept(runs: Sequence[Run]) -> dict[str, float]:

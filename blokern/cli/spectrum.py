@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blokern.cli.options import MACHINE_OPTIONS, Option, check_known, make_parser, parse, select_device
+from blokern.cli.options import MACHINE_OPTIONS, Option, check_known, make_parser, parse, say, select_device
 from blokern.cli.output import ANY_PICTURE, JSON, PICTURE, check_files, write_json
 from blokern.cli.source import Source
 
@@ -67,8 +67,8 @@ def spectrum(argv: list[str]) -> int:
 
     source = Source.open(options["checkpoint"])
     png = Path(options["png"] or source.path.with_name("spectrum.png"))
-    kind = PICTURE if options["png"] else ANY_PICTURE
-    check_files([("png", png, kind), ("json", options["json"], JSON)], sources=[source.path])
+    picture = PICTURE if options["png"] else ANY_PICTURE
+    check_files([("png", png, picture), ("json", options["json"], JSON)], sources=[source.path])
     train = _trained_on(source, options["data_dir"], options["images"])
     model = checkpoint.load_model(source.payload, source.path).to(device).eval()
     shown = sys.stderr.isatty()
@@ -82,22 +82,29 @@ def spectrum(argv: list[str]) -> int:
     ritz = lanczos(operator, options["steps"], generator=estimate["generator"], progress=shown)
     trace = hutchinson_trace(operator, options["samples"], **estimate)
     density = spectral_density(operator, options["steps"], options["samples"], **estimate)
-    top = min(options["top"], len(ritz.values))
+    # Of fewer values than twice `top` each belongs to one end.
+    top, found = options["top"], len(ritz.values)
+    high, low = min(top, (found + 1) // 2), min(top, found // 2)
+    if high < top:
+        say(f"{found} Lanczos steps have {found} values: --steps {2 * top} or more give {top} at each end")
     result = {
         "curvature": options["curvature"],
         "images": len(train),
         "parameters": operator.shape[0],
-        "largest": _pairs(ritz.values[-top:].flip(0), ritz.residuals[-top:].flip(0)),
-        "smallest": _pairs(ritz.values[:top], ritz.residuals[:top]),
+        "largest": _pairs(ritz.values[-high:].flip(0), ritz.residuals[-high:].flip(0)),
+        "smallest": _pairs(ritz.values[:low], ritz.residuals[:low]),
         "trace": asdict(trace),
     }
+    error = (
+        f" ± {trace.standard_error:.2g}" if options["samples"] > 1 else ", of one sample: no error is known"
+    )
     title = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}[options["curvature"]]
     print(
         f"{source}: {title} of the loss over {len(train):,} training images of {train.name}, "
         f"{operator.shape[0]:,} parameters\n"
         f"largest eigenvalues:  {_words(result['largest'])}\n"
-        f"smallest eigenvalues: {_words(result['smallest'])}\n"
-        f"trace: {trace.value:.4g} ± {trace.standard_error:.2g}"
+        f"smallest eigenvalues: {_words(result['smallest']) or 'none of their own'}\n"
+        f"trace: {trace.value:.4g}{error}"
     )
     plots.spectrum(density, operator.shape[0], title, png)
     print(f"density: {png}")

@@ -6,10 +6,11 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["heard"]
+__all__ = ["heard", "plain_warnings"]
 
 #: What a terminal without these letters is told instead.
 _PLAIN = str.maketrans(
@@ -38,7 +39,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 def heard() -> Iterator[None]:
     """Within it, what is written to stdout and stderr when nobody reads any more is lost, and nothing else is."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
     try:
         yield
     finally:
@@ -46,6 +47,17 @@ def heard() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within it, a warning is a line, without the place in blokern's sources."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"blokern: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class _Stream:

@@ -124,7 +124,6 @@ def given_dense(path: Path, options: Options) -> Dense:
 def trained_dense(options: Options, keep_epochs: set[int], processes: Processes) -> Dense:
     """The dense network of ``blokern train plain`` with these options, trained unless it is there already."""
     trainer = make_trainer("plain", options, keep_epochs, processes)
-    _say(f"dense, seed {options['seed']}:", processes)
     seconds = sum(record["train_seconds"] for record in trainer.fit())
     return Dense(trainer.run_dir / "best.pt", options["seed"], seconds)
 
@@ -168,8 +167,8 @@ class Study:
         model = self.dense.model().to(self.device)
         pruning_seconds = training_seconds = 0.0
         for i, (density, here) in enumerate(rounds, 1):
-            turn = f", round {i} of {len(rounds)}" if plan.method == "imp" else ""
-            _say(f"{plan.label}, density {density:.3g}, seed {plan.seed}{turn}:", self.processes)
+            if plan.method == "imp":
+                _say(f"round {i} of {len(rounds)}, density {density:.3g}", self.processes)
             # BiP's masks and weights come of one training.
             masks, seconds = ({}, 0.0) if plan.method == "bip" else self._masks(plan, density, model, here)
             trainer = self._training(plan, density, masks, here)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
@@ -20,12 +20,14 @@ from blokern.cli.options import (
     Options,
     check_known,
     first_line,
+    flag,
     in_words,
     make_parser,
     methods,
     parse,
     pick,
     run_options,
+    say,
     select_device,
     told_of,
 )
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from blokern.data import Splits
     from blokern.distributed import Processes
 
-__all__ = ["load_data", "make_trainer", "train", "train_parser"]
+__all__ = ["at_work", "load_data", "make_trainer", "train", "train_parser"]
 
 
 def train(argv: list[str]) -> int:
@@ -58,17 +60,34 @@ def train(argv: list[str]) -> int:
     if options["resume"] and own:
         # Before the flags: nothing has to be said again, and a flag that says otherwise is noticed.
         options = parse(parser, ["--config", str(settings), *rest])
+    elif options["resume"] and not _describes(rest) and not _holds_run(Path(options["out"])):
+        raise ValueError(
+            f"out: {options['out']} holds no run to resume; to start one there, say what on: --data, --epochs, ..."
+        )
     from blokern.bilevel.record import accuracies, ranking
     from blokern.distributed import joined
 
     with joined() as processes:
         trainer = make_trainer(method, options, processes=processes)
+        if processes.leads:
+            say(f"{method}: {at_work(trainer, options)}")
         best = max(trainer.fit(), key=ranking)
         if processes.leads:
             print(f"best: epoch {best['epoch']}, on validation images {accuracies(best)}")
             budget = "" if trainer.threat else f" --eps {in_words(options['eps'])}"
             print(f"next: blokern evaluate {quote(str(trainer.run_dir / 'best.pt'))}{budget}")
     return 0
+
+
+def _holds_run(folder: Path) -> bool:
+    return any(folder.glob("last*.pt")) or (folder / "best.pt").exists()
+
+
+def _describes(words: Sequence[str]) -> bool:
+    """Whether a command line says anything of what a run is: more than where it is and what it runs on."""
+    own = [CHECKPOINT_MINUTES, KEEP_LAST, *MACHINE_OPTIONS]
+    of_place = {"--out", "--resume", "--debug", *(flag(option.name) for option in own)}
+    return any(word.startswith("--") and word.partition("=")[0] not in of_place for word in words)
 
 
 def train_parser(method: str) -> Parser:
@@ -95,7 +114,7 @@ def make_trainer(
     import torch
 
     from blokern import keep_freed_memory, models
-    from blokern.bilevel import Trainer, TrainSettings
+    from blokern.bilevel import Trainer, TrainSettings, checkpoint
     from blokern.bilevel.checkpoint import write_atomically
     from blokern.distributed import Processes
 
@@ -109,6 +128,9 @@ def make_trainer(
     torch.manual_seed(settings.seed)
     with told_of("model"):
         model = models.build(**recipe["model"]).to(device)
+    shape = tuple(splits.train.images.shape[1:])
+    checkpoint.classes_of(model.eval(), f"model: {options['model']}", shape)
+    model.train()
 
     trainer = Trainer(
         rule_type(model, settings.optimizer(model), method_settings, processes),
@@ -130,6 +152,19 @@ def make_trainer(
     return trainer
 
 
+def at_work(trainer: Trainer, options: Options) -> str:
+    """Which network, images and machine a run has, in a line."""
+    import torch
+
+    weights = sum(weight.numel() for weight in trainer.rule.model.parameters())
+    images, held_out = (len(part) for part in (trainer.splits.train, trainer.splits.val))
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    return (
+        f"{options['model']}, {weights:,} parameters; {images:,} training and {held_out:,} validation images of "
+        f"{options['data']}; {trainer.device}{threads}"
+    )
+
+
 def load_data(options: Options, seed: int) -> tuple[Splits, Options]:
     """The data of a run, and what its recipe says about them and the network: "model" and "data"."""
     from blokern import data, models
@@ -146,9 +181,11 @@ def load_data(options: Options, seed: int) -> tuple[Splits, Options]:
         "mean": splits.train.mean,
         "std": splits.train.std,
     }
-    if options["width"] is not None:
+    if options["width"] is not None and (
+        options["model"] in models.BUILDERS or options["model"].startswith("timm:")
+    ):
         builder = models.BUILDERS.get(options["model"])
-        if builder is not None and "width" not in inspect.signature(builder).parameters:
+        if builder is None or "width" not in inspect.signature(builder).parameters:
             raise ValueError(f"width: {options['model']} has none to set")
         network["width"] = options["width"]
     return splits, {"model": network, "data": {"name": options["data"], **data_options}}

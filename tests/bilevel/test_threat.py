@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from checkpoints import pruned, single_weights
-from runs import SETTINGS, SPLITS, make
+from checkpoints import half_of_the_filters, pruned, single_weights
+from runs import SETTINGS, SPLITS, make, sending
 
 from blokern import models
 from blokern.attack import APGD, FGSM, PGD, evaluate
@@ -13,6 +13,7 @@ from blokern.bilevel import (
     METHODS,
     FastAT,
     FastATSettings,
+    FastBATSettings,
     Interrupted,
     Plain,
     PlainSettings,
@@ -106,8 +107,6 @@ def test_checkpoints_of_before_tell_it_by_their_method(tmp_path):
 
 def test_a_run_is_not_continued_for_another_threat_model(tmp_path):
     with pytest.raises(Interrupted):
-        from runs import sending
-
         make(tmp_path, sending(3)).fit()
     with (
         pytest.warns(
@@ -115,8 +114,6 @@ def test_a_run_is_not_continued_for_another_threat_model(tmp_path):
         ),
         pytest.raises(checkpoint.CheckpointError, match=r"threat\.eps is 0\.1 there and 0\.2 here"),
     ):
-        from blokern.bilevel import FastBATSettings
-
         make(tmp_path, method=FastBATSettings(eps=0.2, step_size=20.0), resume=True)
 
 
@@ -125,13 +122,11 @@ def test_the_trainer_refuses_a_rule_for_other_images(tmp_path):
         make(tmp_path, FastAT, FastATSettings(eps=25.5, clip_max=255.0))
     model = models.small_cnn(num_classes=3, in_channels=1, width=1)
     rule = FastAT(model, SETTINGS.optimizer(model), FastATSettings(eps=0.1))
-    with pytest.raises(ValueError, match="threat must be the rule's own, linf, eps 0.1, or None"):
+    with pytest.raises(ValueError, match=r"threat must be the rule's own, linf, eps 0\.1, or None"):
         Trainer(rule, SPLITS, SETTINGS, tmp_path, threat=ThreatModel(eps=0.2))
 
 
 def test_exports_carry_it(tmp_path):
-    from checkpoints import half_of_the_filters
-
     threat = ThreatModel(eps=0.1, norm="l2").plain()
     payload = {**pruned(single_weights), "threat": threat}
     save_sparse(payload, "a.pt", tmp_path / "a.safetensors")

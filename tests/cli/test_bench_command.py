@@ -34,7 +34,7 @@ def test_bench_passes_everything_on(tmp_path, monkeypatch):
 
 def test_bench_outside_the_repository_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "blokern" / "cli" / "bench.py"))
-    assert "the benchmarks come with the repository" in error(capsys, "bench", code=1)
+    assert "the benchmarks come with the repository" in error(capsys, "bench", "all", code=1)
 
 
 def test_bench_tells_both_kinds_also_outside_the_repository(tmp_path, monkeypatch, capsys):
@@ -42,7 +42,7 @@ def test_bench_tells_both_kinds_also_outside_the_repository(tmp_path, monkeypatc
     assert cli.main(["bench", "--help"]) == 0
     words = capsys.readouterr().out
     assert "blokern bench model CHECKPOINT" in words
-    assert "blokern bench [SUITE]" in words
+    assert "blokern bench SUITE" in words
 
 
 # --- bench model --------------------------------------------------------------------------------------------

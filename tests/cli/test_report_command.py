@@ -232,8 +232,11 @@ GOOD = '{"epoch": 1, "loss": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "t
 def test_broken_metrics_are_named(runs, capsys, content, message):
     file = runs / "adv" / "plain" / "seed-0" / "metrics.jsonl"
     file.write_bytes(content)
-    assert f"{file}{message}" in error(capsys, "report", runs / "adv")
-    assert not (runs / "adv" / "report.html").exists()
+    assert f"a run is left out: {file}{message}" in error(capsys, "report", runs / "adv", "--images=0")
+    text, _ = written(runs / "adv" / "report.html")
+    assert "3 runs; " in text
+    assert f"{file}{message}" in error(capsys, "report", file.parent)
+    assert not (file.parent / "report.html").exists()
 
 
 def test_epochs_that_differ_in_their_metrics_are_named(runs, capsys):

@@ -80,7 +80,7 @@ def test_a_second_run_in_the_folder_is_refused(trained, capsys):
 
 def test_resume_needs_no_other_options(trained, capsys):
     assert cli.main(["train", "fast-bat", "--out", str(trained), "--resume"]) == 0
-    assert "complete, all 1 epochs are done" in capsys.readouterr().err
+    assert "complete, its epoch is done" in capsys.readouterr().err
 
 
 def test_resume_with_other_settings_says_which(trained, capsys):

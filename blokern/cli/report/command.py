@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blokern.cli.options import MACHINE_OPTIONS, Option, Options, make_parser, parse, select_device
+from blokern.cli.options import MACHINE_OPTIONS, Option, Options, make_parser, parse, say, select_device
 from blokern.cli.output import PAGE, check_files
 
 if TYPE_CHECKING:
@@ -44,13 +44,16 @@ def report(argv: list[str]) -> int:
     from blokern.cli.report.page import page
     from blokern.cli.report.runs import find_groups
 
-    groups = find_groups(folders)
-    check_files([("out", out, PAGE)])
+    check_files([("out", out, PAGE)] if out.parent.is_dir() or options["out"] else [])
+    broken: list[Exception] = []
+    groups = find_groups(folders, broken.append)
     data = page(groups, _attacks(groups, options)).encode()
     write_atomically(out, data)
     count = sum(len(group.runs) for group in groups)
     print(f"{out}: {count} {'run' if count == 1 else 'runs'}, {len(data):,} bytes")
-    return 0
+    for error in broken:
+        say(f"blokern: error: a run is left out: {error}")
+    return 2 if broken else 0
 
 
 def _attacks(groups: list[Group], options: Options) -> dict[str, Attacked | str]:
@@ -67,7 +70,12 @@ def _attacks(groups: list[Group], options: Options) -> dict[str, Attacked | str]
             shown[group.label] = attacked(
                 path, options["images"], options["steps"], options["data_dir"], device
             )
-        except (OSError, ValueError, ImportError) as error:  # as without the data; the rest is worth showing
+        except (
+            OSError,
+            ValueError,
+            ImportError,
+            FloatingPointError,
+        ) as error:  # as without the data; the rest is worth showing
             shown[group.label] = str(error)
             print(f"blokern: no attacked images of {path}: {error}", file=sys.stderr)
     return shown

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from blokern import data
+from blokern import data, plots
 from blokern.attack import PGD, eval_mode
 from blokern.bilevel import ThreatModel
 from blokern.bilevel.record import Record
@@ -74,8 +74,7 @@ def curve_svg(key: str, runs: Mapping[str, tuple[int, Sequence[Record]]]) -> str
             )[0]
             if dashes is not None:
                 line.set_dashes(dashes)
-        axes.set(xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        plots.epoch_axis(axes, max(len(records) for _, records in runs.values()))
         axes.grid(alpha=0.15, color=_INK)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,10 @@ class Group:
         ]
 
 
-def find_groups(folders: Sequence[Path]) -> list[Group]:
+def find_groups(folders: Sequence[Path], skip: Callable[[Exception], None] | None = None) -> list[Group]:
     """The runs in and below the folders, in the order of their paths, named by what their paths do not share.
+
+    skip: is told of a broken run, which is then left out, as long as another is whole.
 
     Raises:
         ValueError: a folder holds no run, or a file is broken; the message names it.
@@ -78,9 +80,18 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
     >>> [group.label for group in find_groups([Path("runs/demo")])]
     ['fast-at', 'fast-bat']
     """
-    found = [
-        read_run(path) for path in dict.fromkeys(path for folder in folders for path in _runs_in(folder))
-    ]
+    found: list[Run] = []
+    broken: list[Exception] = []
+    for path in dict.fromkeys(path for folder in folders for path in _runs_in(folder)):
+        try:
+            found.append(read_run(path))
+        except (OSError, ValueError) as error:
+            broken.append(error)
+    if broken and (skip is None or not found):
+        raise broken[0]
+    if skip is not None:
+        for one in broken:
+            skip(one)
     # compare and prune write a folder a seed.
     places = {
         run.folder: run.folder.parent if re.fullmatch(r"seed-\d+", run.folder.name) else run.folder
@@ -116,18 +127,29 @@ def read_run(folder: Path) -> Run:
     payload = checkpoint.load(path)
     if not {"settings", "method", "model"} <= payload.keys():
         raise checkpoint.CheckpointError(f"{path} is no checkpoint of a training run")
-    training, recipe = payload["settings"], payload.get("recipe", {})
+    training, recipe = payload["settings"], payload.get("recipe") or {}
     parts = {"method": recipe.get("method") or payload["method"], "training": training}
     parts |= {"network": recipe.get("model", {}), "data": recipe.get("data", {})}
+    if not all(isinstance(values, Mapping) for values in parts.values()):
+        raise checkpoint.CheckpointError(f"{path} is no checkpoint of a training run")
     settings = {
         f"{part}.{name}": value
         for part, values in parts.items()
         for name, value in values.items()
         if name not in _OF_A_SEED
     }
-    return Run(
-        folder, training["seed"], settings, history, _kept(payload["model"]), _test(folder, path, training)
-    )
+    try:
+        int(settings["training.epochs"]), int(settings["training.val_steps"])
+        return Run(
+            folder,
+            training["seed"],
+            settings,
+            history,
+            _kept(payload["model"]),
+            _test(folder, path, training),
+        )
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{path} lacks or misstates {error}") from error
 
 
 def read_metrics(path: Path) -> list[Record]:
