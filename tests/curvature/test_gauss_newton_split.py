@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no R-operator rule")
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([0, 2, 1, 1, 0])
-Pair = namedtuple("Pair", "hidden logits")  # noqa: PYI024
+Pair = namedtuple("Pair", "hidden logits")
 #: With a rule, and without.
 ACTS = {"tape": torch.exp, "double backward": torch.special.i0e}
 
