@@ -118,9 +118,10 @@ $(VENV)/.base: constraints.txt pyproject.toml
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/base.txt
 	touch $@
 
-$(VENV)/.setup: $(VENV)/.base tests/peers.txt
+$(VENV)/.setup: $(VENV)/.base tests/peers.txt tests/zoo/requirements.txt
 	$(BIN)/pip install -q -c constraints.txt -r $(VENV)/requirements.txt
-	$(BIN)/pip install -q -c constraints.txt --no-deps --no-compile -r tests/peers.txt
+	$(BIN)/pip install -q -c constraints.txt --no-deps -r tests/peers.txt
+	$(BIN)/pip install -q -c constraints.txt --no-deps --no-compile --upgrade -t $(VENV)/zoo -r tests/zoo/requirements.txt
 	touch $@
 
 # The kernels for every instruction set, as the tests want them, or for this machine's own alone, which takes a third of

@@ -75,7 +75,9 @@ def tried(interpreter: str, torch: str, folder: Path, with_tests: bool) -> dict[
     if with_tests:
         install = (builder, "-m", "pip", "install", "-q")
         run(*install, "--no-build-isolation", "-e", f"{tree}[dev]", cwd=tree)
-        run(*install, "--no-deps", "-c", "constraints.txt", "-r", "tests/peers.txt", cwd=tree)
+        alone = (*install, "--no-deps", "-c", "constraints.txt")
+        run(*alone, "-r", "tests/peers.txt", cwd=tree)
+        run(*alone, "-t", builder.parents[1] / "zoo", "-r", "tests/zoo/requirements.txt", cwd=tree)
         command = [str(builder), "-m", "pytest", "-p", "no:cacheprovider", "-v"]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
         told = done.stdout.strip()

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchvision_schemas  # noqa: F401  # before timm and torchvision
+import zoo_packages  # noqa: F401  # before timm and torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
