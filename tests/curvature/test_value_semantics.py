@@ -62,7 +62,7 @@ def parameter_replaced(net: Net, x: Tensor) -> Tensor:
 
 def view_changed(net: Net, x: Tensor) -> Tensor:
     h = net.first(x.view(5, 1, 4))  # a view of a product
-    return net.last(F.relu_(h).mul_(2.0))
+    return net.last(F.relu_(h).squeeze(1))
 
 
 ON_TAPE: list[Forward] = [squeezed, parameter_replaced, view_changed]

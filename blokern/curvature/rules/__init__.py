@@ -14,6 +14,7 @@ from blokern.curvature.rules import (
     reductions,
     softmax,
     sparse,
+    views,
 )
 
 __all__ = ["RULES"]
@@ -30,4 +31,5 @@ RULES: dict[Any, Rule] = {
     **reductions.RULES,
     **softmax.RULES,
     **sparse.RULES,
+    **views.RULES,
 }
