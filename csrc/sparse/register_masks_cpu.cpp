@@ -78,6 +78,7 @@ int64_t mask_fingerprint(const Tensor& words, const Tensor& check) {
 void clear_masked_(const Tensor& weight, const Tensor& words) {
   if (weight.numel() == 0) return;
   checks::same_device(words, "words", weight, "weight");
+  checks::writable(weight, "weight");
   TORCH_CHECK_VALUE(weight.is_contiguous(), "weight must be contiguous, got strides ", weight.strides());
   const MaskWords mask = words_of(words, weight.size(0), weight.numel() / weight.size(0));
   const auto clear = [&]<class U>(U* values) {

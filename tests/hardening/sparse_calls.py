@@ -76,6 +76,7 @@ def sparse_mask(draw: Draw) -> None:
     shape = draw.shape(2, 4)
     one, two = draw.mask(shape), draw.mask(shape)
     kept = ops.SparseMask(draw.laid_out(one))
+    assert torch.equal(kept.check, ops.SparseMask(one).check)
     assert torch.equal(kept.to_dense(), one)
     assert kept.kept == int(one.sum())
     assert int(kept.differing(two)) == int((one ^ two).sum())
