@@ -232,6 +232,8 @@ def _solve(
         end = cycle(_Start(r, residual / by, budget.tol * size / by, wanted))
         for t, step in zip(x, scaled(end.x, by), strict=True):
             t.add_(step)
+        if not all(t.isfinite().all() for t in x):
+            raise FloatingPointError("x is not finite: it is too large for its dtype")
         failed |= end.failed
         residual = torch.where(wanted, end.length * by, residual)
         if not end.reached.any():
@@ -239,8 +241,6 @@ def _solve(
         r, by, residual = normalized(_residual(space, right, x))
         rounding = space.eps * end.largest * normalized(x)[2]
     budget.close()
-    if not all(t.isfinite().all() for t in x):
-        raise FloatingPointError("x is not finite: it is too large for its dtype")
     flags = torch.where(size > 0, residual / size, 0.0), converged, failed
     if space.stack is None:
         flags = (flags[0][0], flags[1][0], flags[2][0])
@@ -262,7 +262,8 @@ def _conjugate_gradients(
     preconditioner: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None,
 ) -> _End:
     r, length = start.r, start.length
-    goal = torch.maximum(start.goal, space.eps * length)  # beyond, a carried residual says nothing
+    # Beyond, a carried residual says nothing; and where it grows so much, A is singular to rounding.
+    goal, most = torch.maximum(start.goal, space.eps * length), length / space.eps
     x, one = [torch.zeros_like(t) for t in r], torch.ones_like(length)
     going = start.wanted.clone()
     reached, indefinite, broken, unfit = (torch.zeros_like(going) for _ in range(4))
@@ -281,7 +282,7 @@ def _conjugate_gradients(
     z = precondition(r)
     p = [t.clone() for t in z]
     rz = length.square() if z is r else ops.multi_tensor_dot(r, z)
-    unfit |= going & ~(rz > 0)
+    unfit |= going & ~((rz > 0) & rz.isfinite())
     going &= ~unfit
     for _ in budget.steps(going):
         ap = space.multiply(p)
@@ -293,14 +294,15 @@ def _conjugate_gradients(
         largest = torch.where(going, torch.maximum(largest, curvature / of), largest)
         squares = ops.cg_update_(x, r, p, ap, torch.where(going, rz / curvature, 0.0))
         length = squares.sqrt()
+        indefinite |= going & ~(length <= most)
         reached |= going & (length <= goal)
         z = precondition(r)
         rz, before = squares if z is r else ops.multi_tensor_dot(r, z), rz
         ops.multi_tensor_axpby_(p, z, one, torch.where(going, rz / before, 0.0))
-        going &= ~reached
-        unfit |= going & ~(rz > 0)
+        going &= ~(reached | indefinite)
+        unfit |= going & ~((rz > 0) & rz.isfinite())
         going &= ~unfit
-    if (broken | ~length.isfinite()).any():
+    if broken.any():
         raise FloatingPointError("operator @ v must be finite, and vᵀAv within the range of its dtype")
     if preconditioner is not None and unfit.any():
         raise ValueError("preconditioner must be positive definite: rᵀ preconditioner(r) is not positive")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from blokern import ops
-from blokern.curvature.solvers import Operator
-from blokern.curvature.vectors import check_vector, flatten, row, unflatten
+from blokern.curvature.op import wide
+from blokern.curvature.space import Operator, check_operator, multiply, power_of_two
+from blokern.curvature.vectors import check_vector, flatten, unflatten
 
 __all__ = [
     "RitzValues",
@@ -54,14 +56,16 @@ def lanczos(
 
     start: the first direction, None for a random one. Without reorthogonalize the memory is that of three vectors and
     not of steps + 1, but values that have converged come again as ghosts; vectors need it. Ends early where the
-    directions span an invariant subspace. ValueError for a zero start or fewer than one step; FloatingPointError if
-    products are not finite.
+    directions span an invariant subspace. Entries may be of any size; in half precision, all but the products is
+    float32. ValueError for a start that is zero or not finite, fewer than one step, and an operator that is not
+    symmetric; FloatingPointError if products are not finite.
 
     Lanczos 1950; Ubaru, Chen and Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature", 2017.
 
     >>> top = lanczos(HessianOperator(model, F.cross_entropy, loader), 20).values[-1]
     """
     _check_steps(steps)
+    check_operator(operator)
     if vectors and not reorthogonalize:
         raise ValueError("vectors needs reorthogonalize")
     like = operator.parameters
@@ -70,7 +74,8 @@ def lanczos(
     else:
         if check_vector(start, like, "start") is not None:
             raise ValueError("start must be a single vector, got a stack")
-        q = flatten(start, like)
+        q = flatten(start, like).detach()
+        q = wide(q)
     with _bar(steps, "Lanczos", progress) as bar:
         runs = _Runs(operator, q[None], steps, reorthogonalize, bar)
     values, residuals, rotation = runs.ritz(0)
@@ -116,7 +121,7 @@ def spectral_density(
     The mean over `samples` random starts of what `steps` products find from each, `at_once` of them side by side, in
     the memory of three vectors each: the masses are right without reorthogonalisation, a ghost shares its value's.
     Moments of degree below 2 · steps are exact for a start, and vary between starts by 1 / √n. ValueError for
-    numbers below one; FloatingPointError if products are not finite.
+    numbers below one and an operator that is not symmetric; FloatingPointError if products are not finite.
 
     Lin, Saad and Yang, "Approximating Spectral Densities of Large Matrices", SIAM Review 2016; Ghorbani, Krishnan and
     Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", ICML 2019.
@@ -125,6 +130,7 @@ def spectral_density(
     """
     _check_steps(steps)
     _check_samples(samples, at_once)
+    check_operator(operator)
     values, weights = list[Tensor](), list[Tensor]()
     with _bar(steps * math.ceil(samples / at_once), "density", progress) as bar:
         for done in range(0, samples, at_once):
@@ -157,22 +163,25 @@ def hutchinson_trace(
 ) -> TraceEstimate:
     """The trace as the mean of vᵀAv over random signs v; `at_once` products at a time.
 
-    ValueError for fewer than one sample. Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for
-    Laplacian Smoothing Splines", 1990.
+    ValueError for fewer than one sample; FloatingPointError if products are not finite. Hutchinson, "A Stochastic
+    Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines", 1990.
 
     >>> trace = hutchinson_trace(HessianOperator(model, F.cross_entropy, loader), 32, at_once=8)
     """
     _check_samples(samples, at_once)
+    check_operator(operator)
     like = operator.parameters
     found: list[Tensor] = []
     with _bar(samples, "trace", progress) as bar:
         while len(found) < samples:
             count = min(at_once, samples - len(found))
             signs = torch.stack([_signs(like, generator) for _ in range(count)])
-            products = flatten(operator @ unflatten(signs, like), like).to(signs)
+            products = _products(operator, signs)
             found += ops.multi_tensor_dot([signs], [products]).cpu().unbind()
             bar.update(count)
     values = torch.stack(found)
+    if not values.isfinite().all():
+        raise FloatingPointError("the operator's products are not finite")
     error = values.std().item() / samples**0.5 if samples > 1 else math.nan
     return TraceEstimate(values.mean().item(), error)
 
@@ -186,25 +195,30 @@ class _Runs:
     def __init__(
         self, operator: Operator, starts: Tensor, steps: int, reorthogonalize: bool, bar: tqdm[None]
     ) -> None:
-        like, (count, n) = operator.parameters, starts.shape
+        count, n = starts.shape
         steps = min(steps, n)
         length = starts.double().norm(dim=1, keepdim=True)
-        if not (length > 0).all():
+        if not ((length > 0) & length.isfinite()).all():
             raise ValueError(f"start must have a positive norm, got {length.min().item()}")
-        before, q = torch.zeros_like(starts), starts / length.to(starts)
+        before, q = torch.zeros_like(starts), (starts / length).to(starts)
         self.basis = starts.new_empty(steps, count, n) if reorthogonalize else None
-        # Of the tridiagonal matrices; what lies beyond a run's end stays zero.
+        # Of the tridiagonal matrices, over `self._by`; what lies beyond a run's end stays zero.
         self._diagonal = starts.new_zeros(count, steps, dtype=torch.float64)
         self._beside = torch.zeros_like(self._diagonal)
         self._steps = starts.new_zeros(count, dtype=torch.int64)
-        self._eps = torch.finfo(starts.dtype).eps
+        self._eps = max(torch.finfo(p.dtype).eps for p in operator.parameters.values())
         active = torch.ones_like(self._steps, dtype=torch.bool)
         scale = beyond = torch.zeros_like(length[:, 0])
         one = torch.ones_like(scale)
         for step in range(steps):
-            w = flatten(operator @ unflatten(q, like), like).to(q)
+            w = _products(operator, q)
             bar.update()
+            if step == 0:
+                self._by = power_of_two([w])  # float32 does not have the squares of all that it has
+            w *= (1 / self._by).to(w)[:, None]
             along = ops.multi_tensor_dot([q], [w])
+            # What q has of the step before is what that step had beyond, if A is symmetric.
+            back = ops.multi_tensor_dot([before], [w]) if step == 1 else beyond
             if self.basis is None:
                 ops.multi_tensor_axpby_([w], [q], -along, one)
                 ops.multi_tensor_axpby_([w], [before], -beyond, one)
@@ -213,8 +227,11 @@ class _Runs:
                 rows = self.basis[: step + 1].transpose(0, 1)
                 for _ in range(2):  # twice is enough (Kahan and Parlett)
                     w = w - (rows.mT @ (rows @ w[..., None]))[..., 0]
+            skew = (back - beyond).abs()
             beyond = ops.multi_tensor_dot([w], [w]).sqrt()
             scale = torch.maximum(scale, along.abs() + beyond)
+            if step == 1 and (active & (skew > self._eps**0.5 * scale)).any():
+                raise ValueError("operator must be symmetric: Lanczos' values would be of another matrix")
             self._diagonal[:, step], self._beside[:, step] = along, beyond
             self._steps += active
             active = active & (beyond > 10 * self._eps * scale)  # a NaN ends it too
@@ -231,8 +248,14 @@ class _Runs:
         if not matrix.isfinite().all():
             raise FloatingPointError("the operator's products are not finite")
         values, rotation = torch.linalg.eigh(matrix)
-        rounding = self._eps * values.abs().max()
-        return values, beside[-1] * rotation[-1].abs() + rounding, rotation
+        by, rounding = self._by[run].cpu(), self._eps * values.abs().max()
+        return by * values, by * (beside[-1] * rotation[-1].abs() + rounding), rotation
+
+
+def _products(operator: Operator, v: Tensor) -> Tensor:
+    """Of a stack [K, n] of vectors in a row, in its dtype and in memory of its own."""
+    like = operator.parameters
+    return flatten(multiply(operator, unflatten(v, like), len(v)), like).detach().to(v)
 
 
 def _check_steps(steps: int) -> None:
@@ -251,10 +274,17 @@ def _bar(total: int, name: str, progress: bool) -> tqdm[None]:
 
 def _normal(like: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
     """Drawn on the CPU, so that a seed means the same on every device."""
-    empty = row(like)
-    return torch.randn(empty.shape, generator=generator, dtype=torch.float64).to(empty)
+    n, first = _size(like)
+    return torch.randn(n, generator=generator, dtype=torch.float64).to(first)
 
 
 def _signs(like: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
-    empty = row(like)
-    return 2 * torch.randint(2, empty.shape, generator=generator).to(empty) - 1
+    n, first = _size(like)
+    return 2 * torch.randint(2, (n,), generator=generator).to(first) - 1
+
+
+def _size(like: Mapping[str, Tensor]) -> tuple[int, Tensor]:
+    """How many entries, and a tensor of the device and dtype that they are reckoned with in."""
+    first = next(iter(like.values()))
+    dtype = reduce(torch.promote_types, (p.dtype for p in like.values()), torch.float32)
+    return sum(p.numel() for p in like.values()), first.new_empty(0, dtype=dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_input_vector", "check_vector", "flatten", "row", "unflatten"]
+__all__ = ["check_input_vector", "check_vector", "flatten", "unflatten"]
 
 
 def check_vector(v: Mapping[str, Tensor], parameters: Mapping[str, Tensor], name: str = "v") -> int | None:
@@ -18,7 +18,8 @@ def check_vector(v: Mapping[str, Tensor], parameters: Mapping[str, Tensor], name
     if not isinstance(v, Mapping):
         raise TypeError(f"{name} must be a dict of tensors by parameter name, got {type(v).__name__}")
     if v.keys() != parameters.keys():
-        missing, extra = sorted(parameters.keys() - v.keys()), sorted(v.keys() - parameters.keys())
+        missing = sorted(map(str, parameters.keys() - v.keys()))
+        extra = sorted(map(str, v.keys() - parameters.keys()))
         raise ValueError(
             f"{name} must have an entry for each parameter that requires a gradient; "
             f"missing: {_some(missing)}; unknown: {_some(extra)}"
@@ -45,6 +46,8 @@ def _stack(t: Tensor, like: Tensor, name: str, like_name: str) -> int | None:
         )
     if t.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got the layout {t.layout}: {name}.to_dense()")
     if t.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {t.device}")
     return None if t.shape == like.shape else t.shape[0]
@@ -65,7 +68,8 @@ def _sizes(stacks: Mapping[str, int | None]) -> str:
 def flatten(v: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
     """All entries of a vector in the space of `like` in a row, [n]; of a stack of vectors, [k, n]."""
     return torch.cat(
-        [v[name].reshape(*v[name].shape[: v[name].dim() - p.dim()], -1) for name, p in like.items()], -1
+        [v[name].reshape(*v[name].shape[: v[name].dim() - p.dim()], p.numel()) for name, p in like.items()],
+        -1,
     )
 
 
@@ -76,9 +80,3 @@ def unflatten(t: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: part.reshape(*t.shape[:-1], *p.shape).to(p.dtype)
         for (name, p), part in zip(like.items(), parts, strict=True)
     }
-
-
-def row(like: Mapping[str, Tensor]) -> Tensor:
-    """A row for the entries of `like`, not filled."""
-    first = next(iter(like.values()))
-    return first.new_empty(sum(p.numel() for p in like.values()))
