@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
+from operator import eq, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,10 @@ __all__ = ["Held", "ModelState", "RandomState"]
 
 #: Containers whose entries are restored.
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
+#: What most attributes are.
+_ATOMS = frozenset({bool, int, float, str, type(None)})
+#: Of every module, what holds no tensors whose values are restored.
+_NO_TENSORS = frozenset({"_parameters", "_modules", "_non_persistent_buffers_set"})
 #: Hooks stay as the model, or its user, leaves them.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
@@ -53,13 +57,18 @@ class ModelState:
         tensors: dict[int, Tensor] = {}
         for attributes, _ in self._attributes:
             for name, value in attributes.items():
-                parts: Iterable[Any] = (value,)
-                if type(value) in _CONTAINERS and name not in _HOOKS:
+                kind = type(value)
+                if kind in _ATOMS or name in _HOOKS:
+                    continue
+                if kind in _CONTAINERS:
                     containers[id(value)] = value
-                    parts = value.values() if isinstance(value, dict) else value
-                elif type(value) is tuple:
-                    parts = value
-                tensors.update((id(part), part) for part in parts if isinstance(part, Tensor))
+                    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
+                else:
+                    parts = value if kind is tuple else (value,)
+                if name not in _NO_TENSORS:
+                    for part in parts:
+                        if isinstance(part, Tensor):
+                            tensors[id(part)] = part
         self._containers = [(container, container.copy()) for container in containers.values()]
         self._values = [_Value(t) for t in tensors.values() if _restorable(t)]
         self._lent: list[tuple[Held, Tensor]] = []
@@ -151,16 +160,16 @@ def _restorable(t: Tensor) -> bool:
 
 def _refill(now: Any, before: Any) -> None:
     """Give a container the entries that it had before, in their order."""
-    same = len(now) == len(before)
-    if isinstance(now, dict):
-        same = same and all(map(is_, now.values(), before.values())) and [*now] == [*before]
-    elif isinstance(now, set):
-        same = now == before
-    else:
-        same = same and all(map(is_, now, before))
-    if not same:
-        now.clear()
-        (now.extend if isinstance(now, list | deque) else now.update)(before)
+    if not (now or before):
+        return
+    if len(now) == len(before):
+        if isinstance(now, dict):
+            if all(map(is_, now.values(), before.values())) and all(map(eq, now, before)):
+                return
+        elif now == before if isinstance(now, set) else all(map(is_, now, before)):
+            return
+    now.clear()
+    (now.extend if isinstance(now, list | deque) else now.update)(before)
 
 
 class RandomState:
