@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2", "l1")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALVES)
 #: (eps, step_size) that make both the ball and the box matter for images of a few hundred elements.
 SIZES = {"linf": (0.1, 0.07), "l2": (0.8, 0.9), "l1": (4.0, 6.0)}
 #: An ulp in [0, 1]: arithmetic is float32 or better, so rounding the result, towards x, is all that a half loses.
