@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from blokern.ops.mask import SparseMask
-from blokern.sparse.compaction.comparison import check_outputs, doubled
+from blokern.sparse.compaction.comparison import check_outputs, coarsest_eps, doubled
 from blokern.sparse.compaction.cut import add_biases, copied, drop_biases, part_of
 from blokern.sparse.compaction.example import checked_example, find_example
 from blokern.sparse.compaction.plan import ForwardFails, Plan, find_plan
@@ -76,17 +76,17 @@ def _compacted(network: _Masked[ModelT], inputs: tuple[Any, ...]) -> ModelT:
         dense, exact_inputs = network.dense, inputs
         plan = find_plan(dense, network.kept, inputs)
     small = network.without(plan)
-    if check_outputs(dense, plan.carried_out(dense), exact_inputs):
-        check_outputs(network.masked, small, inputs, rough=True)
+    if check_outputs(dense, plan.carried_out(dense), exact_inputs, plan.eps):
+        check_outputs(network.dense, small, inputs, coarsest_eps(network.dense, plan.eps), rough=True)
     return small
 
 
 class _Masked(Generic[ModelT]):
-    """A masked network; `dense`: a copy of plain layers, zeros for masked weights and for biases that they lacked;
-    `kept`: its masks, by parameter name."""
+    """What is known of a masked network. dense: it with plain layers, zeros for masked weights and for biases that
+    layers lacked. kept: its masks, by parameter name."""
 
     def __init__(self, masked: ModelT) -> None:
-        self.masked, self.dense = masked, copied(masked)
+        self.dense = masked
         self.kept = {name: mask.to_dense() for name, mask in masks_of(masked).items()}
         self._dense_grad: dict[str, dict[str, Any]] = {}
         for path, module in self.dense.named_modules():

@@ -11,32 +11,38 @@ from torch.utils import _pytree as pytree
 from blokern.sparse.compaction.cut import copied
 from blokern.sparse.compaction.record import Refusal, tensors_in
 
-__all__ = ["check_outputs", "doubled"]
+__all__ = ["check_outputs", "coarsest_eps", "doubled"]
 
-# Of the largest output: a dtype's epsilon to this power. In float64, 10⁻⁹; roughly, in float32, 10⁻².
+# Of the largest output: the epsilon of what a network computes in to this power. In float64, 10⁻⁹; roughly, in float32,
+# 10⁻².
 _POWER, _ROUGH_POWER = 0.575, 0.3
 
 
 def check_outputs(
-    model: nn.Module, copy: nn.Module, example: tuple[Any, ...], *, rough: bool = False
+    model: nn.Module, copy: nn.Module, example: tuple[Any, ...], eps: float, *, rough: bool = False
 ) -> bool:
     """Compare a network with its copy, on an example and on random inputs like it; roughly: on the example, allowing
-    for rounding that has added up.
+    for rounding that has added up. eps: of the numbers that they compute in.
 
     Raises Refusal where they differ. Returns whether they could be compared: not those that draw random numbers.
     """
     model, copy = copied(model), copied(copy)
-    power = _ROUGH_POWER if rough else _POWER
-    if not rough and not _alike(_outputs(model, example), _outputs(model, example), power):
+    tolerance = eps ** (_ROUGH_POWER if rough else _POWER)
+    if not rough and not _alike(_outputs(model, example), _outputs(model, example), tolerance):
         return False
     for inputs in (example,) if rough else (example, _varied(example)):
         want, got = _outputs(model, inputs), _outputs(copy, inputs)
-        if not _alike(want, got, power):
+        if not _alike(want, got, tolerance):
             raise Refusal(
                 "the smaller copy's outputs differ from the masked network's by "
                 f"{max(_differences(want, got), default=0.0):.2g}"
             )
     return True
+
+
+def coarsest_eps(model: nn.Module, eps: float) -> float:
+    """The largest epsilon of a model's parameters, at least `eps`."""
+    return max([eps, *(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())])
 
 
 def doubled(tree: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -52,18 +58,17 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
         return list(tensors_in(model(*arguments)))
 
 
-def _alike(want: list[Tensor], got: list[Tensor], power: float) -> bool:
+def _alike(want: list[Tensor], got: list[Tensor], tolerance: float) -> bool:
     return len(want) == len(got) and all(
-        a.shape == b.shape and _close(a, b, power) for a, b in zip(want, got, strict=True)
+        a.shape == b.shape and _close(a, b, tolerance) for a, b in zip(want, got, strict=True)
     )
 
 
-def _close(want: Tensor, got: Tensor, power: float) -> bool:
+def _close(want: Tensor, got: Tensor, tolerance: float) -> bool:
     if not want.is_floating_point():
         return torch.equal(want, got)
     scale = want[want.isfinite()].abs().max() if want.isfinite().any() else want.new_ones(())
-    tolerance = float(scale) * torch.finfo(want.dtype).eps ** power
-    return torch.allclose(want, got, rtol=0.0, atol=tolerance, equal_nan=True)
+    return torch.allclose(want, got, rtol=0.0, atol=float(scale) * tolerance, equal_nan=True)
 
 
 def _differences(want: list[Tensor], got: list[Tensor]) -> list[float]:

@@ -49,12 +49,17 @@ def cut(model: ModelT, axes: Mapping[str, list[Axis]], live: Tensor, products: I
 
 
 def part_of(tensor: Tensor, axes: Iterable[Axis], live: Tensor) -> Tensor:
-    """A copy of what stays of a tensor."""
+    """A copy of what stays of a tensor, its dimensions in the same order in memory."""
     part = tensor.detach()
     for dim, axis in enumerate(axes):
         if axis is not None and not (stays := live[axis]).all():
             part = part.index_select(dim, stays.nonzero().flatten().to(tensor.device))
-    return part.clone() if part.data_ptr() == tensor.data_ptr() else part
+    if part.data_ptr() == tensor.data_ptr():
+        return part.clone()
+    strides: tuple[int, ...] = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    back = [order.index(dim) for dim in range(tensor.dim())]
+    return part.permute(order).contiguous().permute(back)
 
 
 def _shape(module: nn.Module, name: str = "weight") -> torch.Size | None:
@@ -155,6 +160,5 @@ def add_biases(model: nn.Module) -> list[str]:
 def drop_biases(model: nn.Module, names: Iterable[str]) -> None:
     """Take those of them away that have stayed zeros."""
     for name in names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if not module.bias.any():  # type: ignore[union-attr, operator]
-            module.bias = None
+        if not model.get_parameter(name).any():
+            model.get_submodule(name.rpartition(".")[0]).register_parameter("bias", None)

@@ -76,7 +76,7 @@ def _constant(call: Call, shape: tuple[int, ...]) -> tuple[int | None, Tensor | 
 
 
 def _vector(call: Call, place: int, dim: int) -> Any:
-    """An operand's constants along dimension `dim`, counted from the end; NaN where it varies; None if it cannot say."""
+    """An operand's constants along dimension `dim`, counted from the end, NaN where it varies; None: not to be told."""
     value, tensor = call.values[place], call.operands[place]
     if value.known:
         if any(tensor is written for written in call.written):
@@ -94,10 +94,8 @@ def _uniform(tensor: Tensor, dim: int) -> Tensor | None:
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float64)
-    if tensor.dim() + dim < 0:
-        rows = tensor.reshape(1, -1)
-    else:
-        rows = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
+    whole = tensor.dim() + dim < 0  # which is broadcast along it
+    rows = tensor.reshape(1, -1) if whole else tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
     if rows.shape[1] == 0:
         return None
     first = rows[:, 0]
@@ -143,7 +141,7 @@ def same(call: Call) -> Value:
 
 def written_over(call: Call) -> Value:
     """copy_: the first operand becomes the second."""
-    target, source = call.values
+    _, source = call.values
     shape, sizes = call.shapes
     value = Value(_broadcast(call, shape), known=source.known)
     if source.known:

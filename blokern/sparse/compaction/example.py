@@ -14,22 +14,10 @@ from blokern.sparse.compaction.cut import copied
 __all__ = ["checked_example", "find_example"]
 
 _BATCH = 2
-#: Pixels a side, the usual ones first: a network that flattens its maps takes one of them alone.
-_SIDES = (
-    32,
-    64,
-    224,
-    28,
-    16,
-    96,
-    128,
-    160,
-    192,
-    256,
-    299,
-    384,
-    *(n for n in range(1, 65) if n not in (16, 28, 32)),
-)
+# Pixels a side: a network that flattens its maps takes one of them alone. The usual ones are also tried for forwards
+# that need values, which have to compute.
+_USUAL = (32, 64, 224, 8, 16, 28)
+_SIDES = (*_USUAL, 96, 128, 160, 192, 256, 299, 384, *(n for n in range(1, 65) if n not in _USUAL))
 _FIRST = (_ConvNd, nn.Linear, nn.Embedding)
 
 
@@ -51,7 +39,7 @@ def find_example(model: nn.Module) -> tuple[Tensor, ...]:
         shapes = list(_shapes(layer))
         for device, tried in (
             ("meta", shapes),
-            (layer.weight.device, shapes[:3]),
+            (layer.weight.device, shapes[: len(_USUAL)]),
         ):  # some forwards read values
             trial = copied(model).to(device)
             for shape, kinds in tried:

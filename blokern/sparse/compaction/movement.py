@@ -189,7 +189,7 @@ def repeat_interleave(call: Call) -> Value:
         return unknown_moved(call)
     place %= len(value.axes)
     axes = list(value.axes)
-    axes[place] = None if axes[place] is None else axes[place].repeat_interleave(times)  # type: ignore[union-attr]
+    axes[place] = None if axes[place] is None else axes[place].repeat_interleave(times)
     constant = value.constant
     if constant is not None and value.dim == place:
         constant = constant.repeat_interleave(times)

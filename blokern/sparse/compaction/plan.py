@@ -28,11 +28,13 @@ class ForwardFails(Refusal):
 
 @dataclass
 class Plan:
-    """axes: by parameter's and buffer's name. live: bool, by number, which channels stay."""
+    """axes: by parameter's and buffer's name. live: bool, by number, which channels stay. eps: of the coarsest numbers
+    that the network computes in."""
 
     axes: dict[str, list[Axis]]
     live: Tensor
     products: list[Product]
+    eps: float
 
     def carried_out(self, dense: ModelT) -> ModelT:
         """A copy of the network without what goes."""
@@ -48,7 +50,7 @@ def find_plan(dense: nn.Module, kept: Mapping[str, Tensor], example: tuple[Any, 
     network = _Network(dense, kept, example)
     patience = _PATIENCE
     while True:
-        plan = Plan(network.axes, network.channels.live(), network.channels.products)
+        plan = Plan(network.axes, network.channels.live(), network.channels.products, network.eps)
         if plan.live.all() or (wrong := network.disagreement(plan)) is None:
             return plan
         own, error = wrong
@@ -64,10 +66,13 @@ class _Network:
         self._dense, self._example = dense, example
         tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
         self.channels = Channels()
-        self.axes = {name: [self.channels.new(size) for size in t.shape] for name, t in tensors.items()}
+        self.axes: dict[str, list[Axis]] = {
+            name: [self.channels.new(size) for size in t.shape] for name, t in tensors.items()
+        }
         own = self._read(True, kept)
         self._passes: dict[bool, list[Node]] = {True: own.nodes}
         self.channels.products += own.products
+        self.eps = own.eps
         used = set(own.uses)
         try:
             other = self._read(False, kept)
@@ -75,7 +80,10 @@ class _Network:
             unused = next((name for name in dict(dense.named_parameters()) if name not in used), None)
             if unused is not None:
                 mode = "eval" if dense.training else "train"
-                raise Refusal(f"in {mode} mode, which may use {unused!r}, {error}") from error
+                raise Refusal(
+                    f"in {mode} mode, which may use {unused!r}, {error}; give an example that both modes take, such "
+                    "as two samples or more, and larger ones"
+                ) from error
         else:
             self._passes[False] = other.nodes
             self._add_products(other, used)
@@ -141,7 +149,7 @@ class _Network:
         return None
 
     def keep(self, own: bool, place: int, live: Tensor, *, all_alike: bool) -> bool:
-        """Let the channels stay that an op or, if it has none that could go, the last before it has; False: none has."""
+        """Let what an op touches stay or, if it all does, what the last op before it touches; False: all stays."""
         nodes = self._passes[own]
         for node in reversed(nodes[: place + 1]):
             if all(live[axis].all() for axis in _axes(node)):

@@ -135,15 +135,16 @@ class Call:
                 self.channels.pin(axis)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reads the ops that run under it by a rule each; `rules` finds it."""
 
     def __init__(self, channels: Channels, rules: Callable[[Call], Rule]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.channels = channels
         self.nodes: list[Node] = []
         self.products: list[Product] = []
         self.uses: dict[str, int] = {}
+        self.eps = 0.0  # of the coarsest numbers that ops have returned
         self._rules = rules
         self._values: Any = WeakIdKeyDictionary()
         self._memory: dict[int, list[weakref.ref[Tensor]]] = {}
@@ -203,6 +204,9 @@ class Recorder(TorchDispatchMode):
     def _node(self, call: Call, inputs: list[list[Axis]]) -> None:
         shapes = [tuple(tensor.shape) for tensor in call.results]
         axes = [self.value(tensor).axes for tensor in call.results]
+        for tensor in call.results:
+            if tensor.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
         self.nodes.append(Node(call.name, call.numbers, shapes, axes, inputs))
 
     def _sharing(self, tensor: Tensor) -> list[Tensor]:

@@ -45,7 +45,7 @@ def _equal(axis: Tensor, other: Tensor) -> bool:
     return bool(((axis == other) | (axis == -1) | (other == -1)).all())
 
 
-class Rereading(Recorder):
+class Rereading(Recorder):  # type: ignore[no-untyped-call]
     """Reads a copy's forward pass by the same rules, and raises Disagreement at the first op whose channels differ.
 
     nodes: the network's; live: bool, by number.
