@@ -252,7 +252,7 @@ class SparseMask:
 
 def _plain(t: Tensor, name: str) -> Tensor:
     """A mask outside torch.func's transforms: it has no derivative, and is the same for all that is mapped."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             raise ValueError(
                 f"{name} must be the same for all that torch.vmap maps, got one for each: map the weights alone"
