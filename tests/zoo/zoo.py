@@ -34,7 +34,7 @@ plain torch's (tests/zoo has the comparisons; `make zoo` runs them and writes th
   and outputs, beside a dense network of weight · mask. **saved**: its state loaded in another process. **EMA**:
   averaged by torch's AveragedModel without and with buffers. **compile**: outputs and gradients under torch.compile
   (backend aot_eager). **export**: by torch.export.
-- **compact**: half of the filters of each convolution pruned; outputs of the smaller network beside the masked one's.
+- **compact**: half of the filters of each layer pruned; outputs of the smaller network beside the masked one's.
 
 ✓ exact (to rounding) · ↺ exact, by double backward instead of blokern's own rules · ✗ refused, with the reason below
 · – does not apply.

@@ -155,7 +155,7 @@ def _product(network: Network, name: str) -> Cell:
         else:
             at = linearization.record(model, network.loss_fn, x, y, input_gradient=False)
         ours = getattr(at, name)(along)
-    same(name, ours, theirs)
+    same(name, ours, theirs, network.tolerance)
     reasons = [str(w.message) for w in told if "R-operator" in str(w.message)]
     return Cell("falls back", reasons[0]) if reasons else Cell("exact")
 
@@ -342,13 +342,11 @@ def load(network: Network, path: Path) -> Cell:
 
 
 def compacted(network: Network) -> Cell:
-    """Half of each convolution's filters pruned, but those of layers whose outputs are the network's."""
+    """Half of each layer's filters pruned, but those of layers whose outputs are the network's."""
     if not network.convolutional:
         return Cell("none", "no convolutional network")
     model, (x, y) = made(network), network.batch()
     masks = OMP(OMPSettings(density=0.5, granularity="filter")).masks(model, [(x, y)])
-    modules = dict(model.named_modules())
-    masks = {name: m for name, m in masks.items() if isinstance(modules[name.rpartition(".")[0]], nn.Conv2d)}
     twin = Twin(model, masks)
     smaller = compact(model, masks, example=x)
     with torch.no_grad():
@@ -359,7 +357,7 @@ def compacted(network: Network) -> Cell:
     network.loss_fn(smaller(x), y).backward()
     counts = [sum(p.numel() for p in net.parameters()) for net in (model, smaller)]
     if counts[1] >= counts[0]:
-        return Cell("refused", "nothing could be removed, and nothing says why")
+        return Cell("refused", "no channel can go: it stays as large as it was")
     return Cell("exact", f"{counts[0] / 1e6:.2f} M parameters to {counts[1] / 1e6:.2f} M")
 
 

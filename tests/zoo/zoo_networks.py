@@ -47,7 +47,7 @@ class Network:
     """A network of others: how it is made, and what it is given.
 
     inputs: "images" are floating-point and can be attacked, "tokens" cannot. logits: out of what the forward returns.
-    loss: of logits and labels.
+    loss: of logits and labels. tolerance: of products, relative; Llama's norms compute in float32 whatever they are given.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Network:
     convolutional: bool = False
     logits: Callable[[Any], Tensor] = _itself
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    tolerance: float = 1e-8
 
     def loss_fn(self, output: Any, y: Tensor) -> Tensor:
         return self.loss(self.logits(output), y)
@@ -285,6 +286,7 @@ def _transformers() -> Iterator[Network]:
         yield Network(
             *(f"transformers/{name}", "transformers", make, batch, inputs, "ConvNext" in name, _of_object),
             per_token if batch is next_tokens else F.cross_entropy,
+            1e-6 if name in ("LlamaForCausalLM", "Qwen2ForCausalLM") else 1e-8,
         )
 
 
