@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from blokern.sparse.compaction.cut import copied
-from blokern.sparse.compaction.record import Refusal, tensors_in
+from blokern.sparse.compaction.record import Refusal, tensors_in, undisturbed
 
 __all__ = ["check_outputs", "coarsest_eps", "doubled"]
 
@@ -26,7 +25,6 @@ def check_outputs(
 
     Raises Refusal where they differ. Returns whether they could be compared: not those that draw random numbers.
     """
-    model, copy = copied(model), copied(copy)
     tolerance = eps ** (_ROUGH_POWER if rough else _POWER)
     if not rough and not _alike(_outputs(model, example), _outputs(model, example), tolerance):
         return False
@@ -51,8 +49,7 @@ def doubled(tree: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    devices = {t.device for t in (*tensors_in(inputs), *model.parameters()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+    with undisturbed(model):
         torch.seed()
         arguments = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # which the forward may change
         return list(tensors_in(model(*arguments)))

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from blokern.sparse.compaction.channels import Axis, Channels, Product
+from blokern.sparse.compaction.comparison import check_outputs
 from blokern.sparse.compaction.cut import copied, cut
-from blokern.sparse.compaction.record import Node, Recorder, Refusal, Value, record, tensors_in
+from blokern.sparse.compaction.record import Node, Recorder, Refusal, Value, record, tensors_in, undisturbed
 from blokern.sparse.compaction.rules import rule_of
 from blokern.sparse.compaction.witness import Disagreement, Rereading
 
@@ -29,12 +30,13 @@ class ForwardFails(Refusal):
 @dataclass
 class Plan:
     """axes: by parameter's and buffer's name. live: bool, by number, which channels stay. eps: of the coarsest numbers
-    that the network computes in."""
+    that the network computes in. compared: whether a copy's outputs were; not those of a network that draws numbers."""
 
     axes: dict[str, list[Axis]]
     live: Tensor
     products: list[Product]
     eps: float
+    compared: bool = False
 
     def carried_out(self, dense: ModelT) -> ModelT:
         """A copy of the network without what goes."""
@@ -45,13 +47,15 @@ def find_plan(dense: nn.Module, kept: Mapping[str, Tensor], example: tuple[Any, 
     """What can go of a network without masked layers. kept: bool, which weights count, by parameter name.
 
     The forward of a copy may say otherwise than expected, for it has sizes as numbers: then what the op touches that
-    said so stays, and another copy is made. Raises Refusal for what cannot be read.
+    said so stays, and another copy is made. Its outputs are compared then. Raises Refusal for what cannot be read.
     """
     network = _Network(dense, kept, example)
     patience = _PATIENCE
     while True:
         plan = Plan(network.axes, network.channels.live(), network.channels.products, network.eps)
-        if plan.live.all() or (wrong := network.disagreement(plan)) is None:
+        small = plan.carried_out(dense)
+        if plan.live.all() or (wrong := network.disagreement(small, plan)) is None:
+            plan.compared = check_outputs(network.scratch, small, example, plan.eps)
             return plan
         own, error = wrong
         patience -= 1
@@ -63,7 +67,7 @@ class _Network:
     """A network as it was read, in both modes: the one that it is in, and the other, which must work too."""
 
     def __init__(self, dense: nn.Module, kept: Mapping[str, Tensor], example: tuple[Any, ...]) -> None:
-        self._dense, self._example = dense, example
+        self.scratch, self._example = copied(dense), example
         tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
         self.channels = Channels()
         self.axes: dict[str, list[Axis]] = {
@@ -103,7 +107,7 @@ class _Network:
     def _read(self, own: bool, kept: Mapping[str, Tensor]) -> Recorder:
         recorder = Recorder(self.channels, rule_of)
         try:
-            out = self._run(self._dense, recorder, own, self.axes, kept)
+            out = self._run(self.scratch, recorder, own, self.axes, kept)
         except Refusal:
             raise
         except Exception as error:
@@ -121,20 +125,20 @@ class _Network:
         axes: Mapping[str, list[Axis]],
         kept: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        """Run a copy of the model under the recorder; returns the outputs' tensors."""
-        scratch = copied(model)
-        if not own:
-            scratch.train(not model.training)
-        for name, tensor in (*scratch.named_parameters(), *scratch.named_buffers()):
+        """Run the model under the recorder; returns the outputs' tensors."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             recorder.give(tensor, Value(axes[name], known=True, name=name, kept=kept.get(name)))
-        out = list(tensors_in(record(recorder, scratch, self._example)))
+        with undisturbed(model):
+            if not own:
+                model.train(not model.training)
+            out = list(tensors_in(record(recorder, model, self._example)))
         if not out:
             raise Refusal("its forward returns no tensors, alone or in tuples, lists, dicts or objects")
         return out
 
-    def disagreement(self, plan: Plan) -> tuple[bool, Disagreement] | None:
+    def disagreement(self, small: nn.Module, plan: Plan) -> tuple[bool, Disagreement] | None:
         """Where a copy's forward is not that of the network without what goes, and whether in the own mode."""
-        small, roots = plan.carried_out(self._dense), self.channels.roots()
+        roots = self.channels.roots()
         for own, nodes in self._passes.items():
             witness = Rereading(nodes, roots, plan.live)
             axes = {name: witness.axes(whole) for name, whole in self.axes.items()}

@@ -11,18 +11,20 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from blokern.sparse.compaction.channels import Axis, Channels, Product
 
-__all__ = ["Call", "Node", "Recorder", "Refusal", "Rule", "Value", "record", "tensors_in"]
+__all__ = ["Call", "Node", "Recorder", "Refusal", "Rule", "Value", "record", "tensors_in", "undisturbed"]
 
 
 class Refusal(ValueError):
@@ -282,15 +284,33 @@ class _Unseen(TorchFunctionMode):
 
 
 def record(recorder: Recorder, model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """Run the model on the example under the recorder, and leave the random generators as they were."""
-    for tensor in tensors_in(example):
+    """Run the model on the example under the recorder."""
+    arguments = pytree.tree_map_only(Tensor, Tensor.clone, example)  # which the forward may change
+    for tensor in tensors_in(arguments):
         recorder.give(tensor, Value([None] * tensor.dim()))
-    devices = {t.device for t in (*tensors_in(example), *model.parameters()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _Unseen(recorder), recorder:
-        out = model(*example)
+    with undisturbed(model), _Unseen(recorder), recorder:
+        out = model(*arguments)
     for product in recorder.products:
         product.movable = product.bias_name is not None and recorder.uses[product.bias_name] == 1
     return out
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without derivatives, and with the buffers, modes and random generators of before, after."""
+    buffers = [
+        (m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, key, buffer, before in buffers:
+                module._buffers[key] = buffer.copy_(before)
+            for module, mode in modes:
+                module.training = mode
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
