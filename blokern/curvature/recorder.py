@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blokern.curvature.op import Call, Meta, Op
 from blokern.curvature.rules import RULES
 from blokern.curvature.tape import Tape
+from blokern.ops.masked_weight import GradientMask
 
 __all__ = ["Recorder"]
 
@@ -81,6 +82,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, p in parameters.items():
             if _is_hooked(p):
                 self.refuse(f"a hook on the gradient of {name}")
+        # A masked layer's weight: masked products have the derivatives that its hook makes, others have not.
+        self._masked = {self._parameters[name] for name, p in parameters.items() if p._backward_hooks}
 
     def refuse(self, why: str) -> None:
         """Give up the tape, for the first reason given, and free what it holds."""
@@ -88,6 +91,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.refusal = why
             self._ops.clear()
             self._savers.clear()
+
+    def mask(self, p: Tensor) -> None:
+        """The parameter's gradient is masked from now on."""
+        value = self._values.get(p)
+        if isinstance(value, int):
+            self._masked.add(value)
 
     def mark(self) -> int:
         """A place on the tape: how many ops it has."""
@@ -101,7 +110,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, int):
             self._confirm(value, t, node)
             return value
-        if node is not None:  # a leaf is somebody else's parameter: a constant here
+        if value is not None or node is not None:  # a leaf that is not known is somebody else's: a constant here
             self.refuse(value or node.name())
         return None
 
@@ -166,6 +175,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         slots = op.slots(call.args)
         op.inputs = tuple(self.value(a) if isinstance(a, Tensor) else None for a in slots)
+        if call.func.namespace != "blokern" and not self._masked.isdisjoint(op.inputs):
+            self.refuse("a masked layer's weight that another module reads")
         known = range(len(slots)) if op.differentiable is None else op.differentiable
         differentiable = {id(slots[slot]) for slot in known if slot < len(slots)}
         for t in given:
@@ -249,7 +260,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for op, place in self._savers.pop(storage, ()):
             op.saved[place] = op.saved[place].clone()
         for other in self._values.tensors():
-            if other is not t and _storage(other) == storage:
+            # A leaf stays one, with new values: a parameter that its module clamps by `.data`, or under no_grad.
+            leaf = other.is_leaf and other.requires_grad
+            if other is not t and not leaf and _storage(other) == storage:
                 self._values[other] = "a change in place of a tensor with views"
 
 
@@ -259,8 +272,8 @@ def _last_node() -> int:
 
 
 def _is_hooked(p: Tensor) -> bool:
-    """Whether somebody changes the gradient of a parameter, which only autograd would ask."""
-    return bool(p._backward_hooks)
+    """Whether somebody but a masked layer changes the gradient of a parameter, which only autograd would ask."""
+    return not all(isinstance(hook, GradientMask) for hook in (p._backward_hooks or {}).values())
 
 
 def _alias(t: Tensor) -> Tensor:

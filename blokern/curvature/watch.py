@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from blokern.curvature.recorder import Recorder
+from blokern.ops.masked_weight import GradientMask
 
 __all__ = ["Watch", "as_in_forward"]
 
@@ -35,6 +36,9 @@ class Watch(TorchFunctionMode):
         if self._recorder is not None:
             if func == _SET_DATA:
                 self._recorder.preserve(args[0])
+            if func is Tensor.register_hook and isinstance(args[1], GradientMask):
+                self._recorder.mask(args[0])
+                return func(*args)
             why = _REFUSED.get(func)
             if why is not None and (func is Tensor.register_hook or not args[0].is_leaf):
                 self._recorder.refuse(why)

@@ -158,9 +158,12 @@ def test_networks_with_buffers(solver: str, moving: bool) -> None:
     ]
     model, masks = Scaled(moving), random_masks(Scaled(moving))
     g, want = exact(model, masks, gamma=50.0)
+    theta = {name: model.get_parameter(name).detach().clone() for name in masks}
     sparse = sparsify(model, masks)
     before = {name: t.clone() for name, t in sparse.state_dict().items()}
-    along, residual = implicit_gradient(sparse, cross_entropy, batch(), g, gamma=50.0, solve=solve)
+    along, residual = implicit_gradient(
+        sparse, cross_entropy, batch(), g, theta=theta, gamma=50.0, solve=solve
+    )
     assert residual < 1e-11
     for name in masks:
         torch.testing.assert_close(along[name], want[name], rtol=1e-8, atol=1e-10)

@@ -60,12 +60,29 @@ def parameter_replaced(net: Net, x: Tensor) -> Tensor:
     return net.last(net.first(x).sin())
 
 
+def parameter_clamped(net: Net, x: Tensor) -> Tensor:
+    net.first.weight.data.clamp_(-0.3, 0.3)
+    return net.last(net.first(x).sin())
+
+
+def parameter_clamped_under_no_grad(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.first.weight.clamp_(-0.3, 0.3)
+    return net.last(net.first(x).sin())
+
+
 def view_changed(net: Net, x: Tensor) -> Tensor:
     h = net.first(x.view(5, 1, 4))  # a view of a product
     return net.last(F.relu_(h).squeeze(1))
 
 
-ON_TAPE: list[Forward] = [squeezed, parameter_replaced, view_changed]
+ON_TAPE: list[Forward] = [
+    squeezed,
+    parameter_replaced,
+    parameter_clamped,
+    parameter_clamped_under_no_grad,
+    view_changed,
+]
 
 
 def constant_resized(net: Net, x: Tensor) -> Tensor:

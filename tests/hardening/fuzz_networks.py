@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 import blokern
 from blokern import ops
-from blokern.curvature import linearize
+from blokern.curvature import hvp, linearize
 from blokern.sparse import compact, sparsify
 
 PACKAGE = str(Path(blokern.__file__).parent)
@@ -79,13 +79,9 @@ def products(draw: Draw) -> str:
     if name == "mixed_hvp":
         along = torch.randn(x.shape, generator=draw.generator, dtype=x.dtype)
     twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if isinstance(module, Checkpointed):
-            module.again = False
     torch.manual_seed(0)
     try:
-        with TwiceDifferentiable():
-            wanted = twice_differentiated(twin, x, y, name, along)
+        wanted = twice_differentiated(twin, x, y, name, along)
     except RuntimeError as error:
         return f"torch refuses: {str(error).splitlines()[0][:60]}"
     if not all(bool(t.isfinite().all()) for t in wanted):
@@ -112,6 +108,14 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 def twice_differentiated(model: Output, x: Tensor, y: Tensor, name: str, along: Any) -> list[Tensor]:
+    for module in model.modules():
+        if isinstance(module, Checkpointed):
+            module.again = False
+    with TwiceDifferentiable():
+        return _twice_differentiated(model, x, y, name, along)
+
+
+def _twice_differentiated(model: Output, x: Tensor, y: Tensor, name: str, along: Any) -> list[Tensor]:
     leaves = [p for p in model.parameters() if p.requires_grad]
     options: Any = {"allow_unused": True, "materialize_grads": True}
     at = x.clone().requires_grad_()
@@ -183,11 +187,30 @@ def masks(draw: Draw) -> str:
     twin.eval()
     with torch.no_grad():
         same("outputs", [logits_of(model(x))], [logits_of(twin(x))], 1e-6)
-        if draw.chance(0.5):
+        if draw.chance(0.3):
             again = copy.deepcopy(model)
             again.load_state_dict(model.state_dict())
             same("outputs of a copy", [logits_of(again(x))], [logits_of(twin(x))], 1e-6)
+    if draw.chance(0.5):
+        of_masked(model, twin, x, y, kept, draw.generator)
     return ""
+
+
+def of_masked(
+    model: Output, twin: Output, x: Tensor, y: Tensor, kept: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    """Products of the masked network beside those of weight · mask."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    along = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in parameters.items()}
+    theirs = {name.removesuffix(".weight") + ".parametrizations.weight.original": name for name in kept}
+    names = [theirs.get(name, name) for name, p in twin.named_parameters() if p.requires_grad]
+    try:
+        wanted = twice_differentiated(twin, x, y, "hvp", {name: along[name] for name in names})
+    except RuntimeError:
+        return
+    if names and all(bool(t.isfinite().all()) for t in wanted):
+        found = ours(lambda: hvp(model, loss_fn, x, y, along))
+        same("hvp of the masked network", [found[name] for name in names], wanted, 1e-6)
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, settings: Any) -> None:

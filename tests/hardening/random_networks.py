@@ -266,6 +266,14 @@ class ReadsWeight(nn.Module):
         return y.movedim(-1, 1)
 
 
+class Clamped(nn.Linear):
+    """A layer that keeps its weight small itself, past autograd."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data.clamp_(-0.4, 0.4)
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
 class GroupNorm(nn.GroupNorm):
     """Of contiguous inputs: torch 2.13's own backward pass of others (channels innermost) may crash the process."""
 
@@ -411,6 +419,7 @@ def _layer(draw: Draw, x: Tensor) -> nn.Module:
         ),
         nn.Identity,
         lambda: nn.Dropout(0.3),
+        lambda: Clamped(channels, draw.source.randint(1, 4)),
     ]
     return draw.one_of(norms + others)()
 

@@ -20,6 +20,7 @@ from torch.nn.utils import (
     vector_to_parameters,
 )
 
+from blokern.curvature import hvp
 from blokern.sparse import MaskedConv2d, MaskedLinear, masks_of, sparsify, to_dense
 
 
@@ -411,3 +412,37 @@ def test_replicas_as_of_data_parallel() -> None:
         x_in = x if isinstance(layer, nn.Conv2d) else torch.randn(2, layer.in_features).double()
         torch.testing.assert_close(replica(x_in), layer(x_in))
     assert list(masks_of(masked)) == list(masks)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_products_of_a_weight_that_a_parent_reads(read_before: bool) -> None:
+    """By the tape where masked products alone read it, whoever has looked at it; else by autograd, through the hook."""
+    torch.manual_seed(0)
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.inner.weight, self.inner.bias).tanh()
+            return self.last(F.linear(h, self.inner.weight.t()).sin())
+
+    model = Parent().double()
+    masks = {"inner.weight": torch.rand(4, 4) < 0.5, "last.weight": torch.rand(3, 4) < 0.5}
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 3
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    dense = dict(copy.deepcopy(model).named_parameters())
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        kept = {name: p * masks[name] if name in masks else p for name, p in values.items()}
+        return F.cross_entropy(functional_call(model, kept, (x,)), y)
+
+    want = torch.func.jvp(torch.func.grad(loss), (dense,), (v,))[1]
+    masked = sparsify(copy.deepcopy(model), masks)
+    if read_before:
+        assert masked.inner.weight.grad is None
+        assert masked.last.weight.grad is None
+    got = hvp(masked, F.cross_entropy, x, y, v)
+    for name, product in want.items():
+        torch.testing.assert_close(got[name], product)

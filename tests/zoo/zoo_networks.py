@@ -47,7 +47,7 @@ class Network:
     """A network of others: how it is made, and what it is given.
 
     inputs: "images" are floating-point and can be attacked, "tokens" cannot. logits: out of what the forward returns.
-    loss: of logits and labels. tolerance: of products, relative; Llama's norms compute in float32 whatever they are given.
+    loss: of logits and labels. tolerance: of products, relative; some norms compute in float32 whatever they are given.
     """
 
     name: str
