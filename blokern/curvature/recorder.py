@@ -110,7 +110,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, int):
             self._confirm(value, t, node)
             return value
-        if value is not None or node is not None:  # a leaf that is not known is somebody else's: a constant here
+        if (
+            value is not None or node is not None
+        ):  # a leaf that is not known is somebody else's: a constant here
             self.refuse(value or node.name())
         return None
 

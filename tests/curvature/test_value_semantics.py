@@ -65,12 +65,6 @@ def parameter_clamped(net: Net, x: Tensor) -> Tensor:
     return net.last(net.first(x).sin())
 
 
-def parameter_clamped_under_no_grad(net: Net, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        net.first.weight.clamp_(-0.3, 0.3)
-    return net.last(net.first(x).sin())
-
-
 def view_changed(net: Net, x: Tensor) -> Tensor:
     h = net.first(x.view(5, 1, 4))  # a view of a product
     return net.last(F.relu_(h).squeeze(1))
@@ -80,7 +74,6 @@ ON_TAPE: list[Forward] = [
     squeezed,
     parameter_replaced,
     parameter_clamped,
-    parameter_clamped_under_no_grad,
     view_changed,
 ]
 
