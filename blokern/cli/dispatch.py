@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
             if message is None:
                 raise
             print(f"blokern: error: {message}", file=sys.stderr)
-            return 2 if isinstance(error, ValueError) else 1
+            return 2 if isinstance(error, ValueError | OverflowError) else 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -79,6 +79,8 @@ def _message(error: Exception) -> str | None:
     told = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError | FloatingPointError | ImportError):
         return told or type(error).__name__
+    if isinstance(error, OverflowError):
+        return f"a number is out of range: {told}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(told)):
         what = re.search(r"allocate (\d+) bytes", told)
         size = f": {int(what[1]) / 2**30:,.1f} GiB more were asked for" if what else ""

@@ -92,6 +92,6 @@ def test_neither_is_one_whose_finite_weights_overflow(runs, tmp_path, capsys):
         if weight.is_floating_point():
             weight.fill_(3e38)
     checkpoint.save(tmp_path / "huge.pt", payload)
-    assert "model returns NaN or inf for 20 of 20 images" in error(
+    assert "model returns NaN or inf for 20 of 20 unattacked images" in error(
         capsys, "evaluate", tmp_path / "huge.pt", *SHORT, code=1
     )
