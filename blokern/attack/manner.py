@@ -20,7 +20,6 @@ DRAWS = 10
 
 _SAMPLES = 4  # that the model is asked about
 _SAME = 1e-4  # of the largest logit: what parallel sums may differ by from one time to the next
-_ALONE = 0.05  # what kernels for other batch sizes may
 
 
 @dataclass(frozen=True)
@@ -54,28 +53,35 @@ class Manner:
 
 
 def observe(model: nn.Module, x: Tensor, *, mixing: bool = True) -> Manner:
-    """Asks the model, in the mode that it is in, about a few images of x [N, ...] three times, and once about fewer.
+    """Asks the model, in the mode that it is in, about a few images of x [N, ...]: thrice, and once in other company.
 
     Four small forward passes. Buffers are as before where a part of the model is in train mode. mixing: whether to
-    look for that, too. Random are also models that draw from torch's or Python's generator without another answer now.
+    look for that, too, as the fourth does. A model that draws from torch's or Python's generator is asked more often,
+    as two draws may give the same answer.
     """
     some = x[:_SAMPLES]
     with _buffers_kept(model):
         before = _generators(x.device)
         first, *others = [logits_of(model(some)) for _ in range(3)]
-        if before != _generators(x.device) or not all(_alike(first, other, _SAME) for other in others):
+        if before != _generators(x.device):
+            others += [logits_of(model(some)) for _ in range(DRAWS)]
+        if not all(_alike(first, other) for other in others):
             return Manner(random=True)
         half = len(some) // 2
-        mixes = mixing and half > 1 and not _alike(first[:half], logits_of(model(some[:half])), _ALONE)
-    return Manner(mixes=mixes)
+        if not mixing or half == 0:
+            return Manner()
+        among_others = some[
+            torch.arange(len(some), device=x.device) % half
+        ]  # and as many: kernels round by the size
+        return Manner(mixes=not _alike(first[:half], logits_of(model(among_others))[:half]))
 
 
-def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def _alike(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
     largest = a.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max()
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance * float(largest), equal_nan=True)
+    return torch.allclose(a, b, rtol=0.0, atol=_SAME * float(largest), equal_nan=True)
 
 
 def _generators(device: torch.device) -> tuple[object, ...]:

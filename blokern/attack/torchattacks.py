@@ -54,8 +54,6 @@ class _Adapter(_Peer, ABC):  # type: ignore[misc]  # untyped
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = images.to(self.device), labels.to(self.device)
-        if self.normalization_used is not None:
-            images = images.clamp(0, 1)  # rounding on the way back from normalised images can leave the box
         y = self.get_target_label(images, labels) if self.targeted else labels
         # torchattacks has put the model into the mode that it is to be attacked in.
         return self._attack(_Logits(self), targeted=self.targeted, eval_mode=False)(images, y)

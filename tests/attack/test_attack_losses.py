@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from blokern.attack import cross_entropy, dlr, dlr_targeted
+from blokern.attack import cross_entropy, dlr, dlr_targeted, margin
 from blokern.attack.losses import correct
 
 
@@ -74,3 +74,79 @@ def test_too_few_classes():
         dlr(torch.randn(2, 2), y)
     with pytest.raises(ValueError, match="dlr_targeted needs at least 4 classes"):
         dlr_targeted(torch.randn(2, 3), y, 1 - y)
+
+
+LOSSES = {
+    "ce": cross_entropy,
+    "dlr": dlr,
+    "margin": margin,
+    "dlr_targeted": lambda z, y: dlr_targeted(z, y, (y + 1) % 7),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-12, 1.0, 1e4, 1e30, 1e37])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_extreme_logits_are_float64s(loss, scale, shift):
+    z, _ = logits_and_labels()
+    y, found = z.argmax(1), []
+    for dtype in (torch.float32, torch.float64):
+        at = (scale * (z + shift)).to(torch.float32).to(dtype).requires_grad_()
+        value = loss(at, y)
+        (grad,) = torch.autograd.grad(value.sum(), at)
+        assert value.isfinite().all()
+        assert grad.isfinite().all()
+        size = grad.abs().amax(1, keepdim=True).double()
+        found.append((value.double(), grad.double() / torch.where(size > 1e-30, size, 1.0)))
+    torch.testing.assert_close(*(value for value, _ in found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(grad for _, grad in found), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e-9, 1.0, 1e20])
+def test_dlr_ignores_any_scale(scale):
+    z, y = logits_and_labels()
+    for loss in (LOSSES["dlr"], LOSSES["dlr_targeted"]):
+        torch.testing.assert_close(loss(scale * z, y), loss(z, y), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss((scale * z).float(), y), loss(z.float(), y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_classes_that_are_masked_out(loss):
+    z, _ = logits_and_labels()
+    y = z.argmax(1)
+    z[torch.arange(50), (y + 3) % 7] = -torch.inf
+    z.requires_grad_()
+    value = loss(z, y)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert z.grad.isfinite().all()
+
+
+def test_margin_is_the_distance_to_the_best_other_class():
+    z, y = logits_and_labels()
+    for i in range(len(y)):
+        rival = max(float(z[i, j]) for j in range(7) if j != y[i])
+        assert margin(z, y)[i] == pytest.approx(rival - float(z[i, y[i]]))
+    assert torch.equal(margin(z, y) > 0, ~correct(z, y))
+    with pytest.raises(ValueError, match="margin needs at least 2 classes"):
+        margin(z[:, :1], 0 * y)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e30, 1e37])
+def test_steps_along_gradients_of_any_size(norm, scale):
+    from attack_twins import images, small_net
+
+    from blokern.attack import APGD, PGD
+
+    net = small_net(dtype=torch.float32)
+    x, y = images(net, n=4)
+
+    def scaled(logits, y):
+        return scale * margin(logits, y)
+
+    for make in (
+        lambda loss: PGD(net, 0.5, 0.2, 3, norm, random_start=False, loss=loss),
+        lambda loss: APGD(net, 0.5, 3, norm, loss=loss, generator=torch.Generator().manual_seed(0)),
+    ):
+        torch.testing.assert_close(make(scaled)(x, y), make("margin")(x, y), rtol=0, atol=1e-4)

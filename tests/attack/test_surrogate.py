@@ -149,3 +149,99 @@ def test_wrong_calls():
     with pytest.raises(TypeError, match=r"x must be float32 for surrogate='fp32', got torch.float64"):
         PGD(small_net(), surrogate="fp32")(x.double(), y)
     assert PGD(net, surrogate="bf16")(x[:0], y[:0]).shape == (0, 3, 16, 16)
+
+
+class Uncopyable(nn.Module):
+    """What `deepcopy` refuses: a tensor that is a result, as fresh weight_norm has."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.derived = torch.ones(1, requires_grad=True) * 2
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class OnlyFloat32(Uncopyable):
+    def __init__(self):
+        super().__init__()
+        self.derived = None
+
+    def forward(self, x):
+        if x.dtype != torch.float32 or next(self.parameters()).dtype != torch.float32:
+            raise RuntimeError("float32 alone")
+        return self.net(x)
+
+
+class OnlyForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.half = x.dtype == torch.bfloat16
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.half:
+            raise RuntimeError("no such gradient")
+        return grad
+
+
+class NoHalfGradient(OnlyFloat32):
+    def forward(self, x):
+        return self.net(OnlyForward.apply(x) if len(x) > 0 else x)  # which cannot be traced
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "reason"),
+    [
+        (Uncopyable, "fp32", "RuntimeError: Only Tensors created explicitly by the user"),
+        (OnlyFloat32, "bf16", "RuntimeError: float32 alone"),
+        (NoHalfGradient, "bf16", "RuntimeError: no such gradient"),
+    ],
+)
+def test_a_copy_that_cannot_be_made_or_run_is_not_used(make, kind, reason):
+    net = make().eval()
+    x, y = images(net)
+    with pytest.warns(UserWarning, match=f"surrogate='{kind}': the copy cannot be made or run .{reason}"):
+        guide = Surrogate(net, x, kind)
+    assert guide.network is net
+    assert torch.equal(guide(x), net(x))
+    with pytest.warns(UserWarning, match="so the model itself is attacked"):
+        x_adv = PGD(net, steps=3, random_start=False, surrogate=kind)(x, y)
+    assert torch.equal(x_adv, PGD(net, steps=3, random_start=False)(x, y))
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_fresh_weight_norm():
+    net = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(3 * 16 * 16, 5)))
+    x, y = torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
+    x_adv = PGD(net, steps=2, random_start=False, surrogate="fp32")(x, y)
+    torch.testing.assert_close(x_adv, PGD(net, steps=2, random_start=False)(x, y))
+
+
+def test_the_models_own_errors_are_its_own():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        Surrogate(Broken(), torch.rand(2, 3, 4, 4), "fp32")
+
+
+def test_a_copy_of_tiny_logits_is_compared_too():
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return 1e-30 * self.net(x)
+
+    net = Tiny().eval()
+    x, _ = images(net)
+    assert Surrogate(net, x, "fp32").network is not net
+    net.register_forward_hook(lambda module, args, out: out.flip(1))
+    with pytest.warns(UserWarning, match="the copy's logits are .* off"):
+        Surrogate(net, x, "fp32")
