@@ -242,7 +242,8 @@ def _write_results(options: Options, dense: Mapping[Dense, float], runs: Sequenc
     rows = [
         f"{options['data']}, {options['model']}, {options['granularity']} pruning, "
         f"{counted(options['epochs'], 'epoch')} of training after it; "
-        "weights kept as counted, of the layers that have masks and of all parameters; accuracy of the best epoch on the test images, seconds of pruning and training; mean ± standard deviation over seeds "
+        "weights kept as counted, of the layers that have masks and of all parameters; accuracy of the best epoch on "
+        "the test images, seconds of pruning and training; mean ± standard deviation over seeds "
         f"{', '.join(map(str, options['seeds']))}.",
         "",
         "| method | kept % | kept % of all | accuracy % | seconds |",
