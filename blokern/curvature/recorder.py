@@ -110,10 +110,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, int):
             self._confirm(value, t, node)
             return value
-        if (
-            value is not None or node is not None
-        ):  # a leaf that is not known is somebody else's: a constant here
-            self.refuse(value or node.name())
+        if value is not None:
+            self.refuse(value)
+        elif node is not None:  # a leaf that is not known is somebody else's parameter: a constant here
+            self.refuse(node.name())
         return None
 
     def _confirm(self, value: int, t: Tensor, node: Any) -> None:
