@@ -82,8 +82,8 @@ def ends_of(model: nn.Module, x: Any = None) -> Ends:
         except Exception as error:  # whatever a model says to inputs of another shape
             reason = f"of those tried it said last: {error}"
     raise ValueError(
-        f"model: the inputs that it takes are not known ({reason}); give batches with one (x, y) at least, "
-        "or BiP an example, for the network to be run: it shows which filters are its outputs and which channels its inputs"
+        f"model: the inputs that it takes are not known ({reason}); give batches with one (x, y) at least, or BiP an "
+        "example, for the network to be run: it shows which filters are its outputs and which channels its inputs"
     )
 
 

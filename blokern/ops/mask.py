@@ -114,7 +114,7 @@ class SparseMask:
         return new
 
     def _packed(self, mask: Tensor) -> Tensor:
-        with _own_level():
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _own_level():
             words: Tensor = torch.ops.blokern.mask_words(mask.reshape(self.rows, self.cols))
         return words
 
