@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from blokern.sparse.compaction import elementwise, movement, products, reductions
+from blokern.sparse.compaction import elementwise, movement, parts, products, reductions
 from blokern.sparse.compaction.record import Call, Rule, Value
 
 __all__ = ["rule_of"]
 
-_RULES: dict[str, Rule] = {**elementwise.RULES, **movement.RULES, **products.RULES, **reductions.RULES}
+_RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **movement.RULES,
+    **parts.RULES,
+    **products.RULES,
+    **reductions.RULES,
+}
 
 
 def rule_of(call: Call) -> Rule:
