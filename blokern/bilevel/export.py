@@ -53,9 +53,10 @@ def save_compacted(
     >>> save_compacted(checkpoint.load("best.pt"), "best.pt", "small.pt2")
     >>> logits = torch.export.load("small.pt2").module()(x)
     """
-    model = compacted(load_model(payload, source), source)
+    model = load_model(payload, source).eval()
     shape = find_input_shape(model, payload, source, input_shape)
-    images = next(model.parameters()).new_zeros(2, *shape)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    model = compacted(model, source, images)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # half of the file, and paths of this machine
@@ -64,15 +65,16 @@ def save_compacted(
     write_atomically(path, buffer.getvalue(), _OWN)
 
 
-def compacted(model: nn.Module, source: str | Path) -> nn.Module:
+def compacted(model: nn.Module, source: str | Path, images: Tensor | None = None) -> nn.Module:
     """A copy of the masked model with fewer channels and no masks, in eval mode, in which its outputs are the model's.
 
-    Raises CheckpointError, naming `source`, if no channel is superfluous or :func:`blokern.sparse.compact` refuses.
+    images: of the sizes that the copy is to work with; None: made up. Raises CheckpointError, naming
+    `source`, if no channel is superfluous or :func:`blokern.sparse.compact` refuses.
 
     >>> small = compacted(load_model(payload, "best.pt"), "best.pt")
     """
     try:
-        small = compact(model.eval())
+        small = compact(model.eval(), example=images)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     if all(small.get_parameter(name).shape == p.shape for name, p in model.named_parameters()):

@@ -91,6 +91,7 @@ def _forms(sparse: nn.Module, path: str) -> dict[str, Callable[[Tensor], Tensor]
 
     from blokern.bilevel.checkpoint import CheckpointError
     from blokern.bilevel.export import compacted
+    from blokern.bilevel.masking import kept_of
     from blokern.sparse import masks_of, samples_innermost, to_dense
 
     def channels_last(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -98,15 +99,11 @@ def _forms(sparse: nn.Module, path: str) -> dict[str, Callable[[Tensor], Tensor]
         model = copy.deepcopy(model).to(memory_format=nhwc)  # type: ignore[call-overload]  # torch's stub
         return lambda x: model(x.contiguous(memory_format=nhwc))
 
-    if not (masks := masks_of(sparse)):
+    if not masks_of(sparse):
         raise ValueError(
             f"{path} has no masks: there is one form of it only; blokern prune makes sparse networks"
         )
-    kept, weights = (
-        sum(mask.kept for mask in masks.values()),
-        sum(mask.rows * mask.cols for mask in masks.values()),
-    )
-    print(f"{path}: {kept:,} of {weights:,} masked weights are kept")
+    print(f"{path}: {kept_of(sparse)}")
     dense = to_dense(copy.deepcopy(sparse))
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "dense": dense,

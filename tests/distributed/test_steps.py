@@ -82,9 +82,8 @@ def trained(processes: Processes, method: str, normalized: bool = False) -> dict
 
 def pruned(processes: Processes, options: dict[str, object]) -> dict[str, Tensor]:
     model = network(False)
-    rule = BiP(
-        model, sgd(model), BiPSettings(**{"density": 0.3, "score_lr": 0.5, **options}), processes=processes
-    )
+    settings, (example, _) = BiPSettings(**{"density": 0.3, "score_lr": 0.5, **options}), batches(1)[0]
+    rule = BiP(model, sgd(model), settings, processes=processes, example=example)
     results = []
     data = batches(2 * STEPS)
     for lower, upper in zip(data[::2], data[1::2], strict=True):

@@ -91,7 +91,7 @@ def _accuracy_row(group: Group) -> dict[str, str]:
     return {
         "seeds": ", ".join(str(run.seed) for run in runs),
         "epochs": "; ".join(sorted(done)),
-        "weights kept %": percent([left / every for left, every in kept] if kept else [None]),
+        "masked weights kept %": percent([left / every for left, every in kept] if kept else [None]),
         "SA %, validation": percent(run.best["val_accuracy"] for run in runs),
         "RA %, validation": percent(run.best.get("val_robust_accuracy") for run in runs),
         "SA %, test": percent(run.test.get("SA") for run in runs),
