@@ -218,7 +218,7 @@ def pruned(network: Network) -> tuple[nn.Module, Twin, Masks]:
 
 
 def sgd(network: Network) -> Cell:
-    return _trained(network, lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2))
+    return _trained(network, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=1e-2))
 
 
 def adamw(network: Network) -> Cell:
