@@ -1,6 +1,6 @@
 """Tries blokern on networks that others wrote: `make zoo`, or
 
-    python tests/zoo/zoo.py [--only resnet] [--column hvp] [--page]
+    python tests/zoo/zoo.py [--only resnet] [--column hvp] [--part 0/2] [--page]
 
 Without choices it takes every network and column, writes results.json beside itself, and docs/compatibility.md from
 that. Rows that were tried with choices replace those of before. Exit status 1 where a cell is wrong.
@@ -9,13 +9,16 @@ that. Rows that were tried with choices replace those of before. Exit status 1 w
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,76 +51,83 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="a part of the network's name")
     parser.add_argument("--column", default="", help="one column alone")
+    parser.add_argument("--part", default="0/1", help="1/2: every second network, from the second on")
     parser.add_argument("--page", action="store_true", help="write the page alone, from results.json")
     parser.add_argument(
         "--load", type=Path, help=argparse.SUPPRESS
     )  # the other process of the column `saved`
     options = parser.parse_args()
-    if options.page:
-        PAGE.write_text(page(json.loads(RESULTS.read_text())))
-        return 0
-    found = tried(options.only, options.column, options.load)
     if options.load:
-        print(json.dumps(found))
+        print(json.dumps(loaded(options.load)))
         return 0
-    before = (
-        json.loads(RESULTS.read_text())["networks"]
-        if RESULTS.exists() and (options.only or options.column)
-        else {}
-    )
-    rows = {name: before.get(name, {}) | found.get(name, {}) for name in {**before, **found}}
-    results = {"versions": versions(), "networks": rows}
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    if not options.page:
+        everything = options.only == options.column == "" and options.part == "0/1"
+        if everything and RESULTS.exists():
+            RESULTS.unlink()
+        first, parts = map(int, options.part.split("/"))
+        try_networks(options.only, options.column, slice(first, None, parts))
+    results = json.loads(RESULTS.read_text())
     PAGE.write_text(page(results))
-    counts = Counter(cell["status"] for row in rows.values() for cell in row.values())
-    print(f"{len(rows)} networks: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    counts = Counter(cell["status"] for row in results["networks"].values() for cell in row.values())
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(results['networks'])} networks: {told}")
     return 1 if counts["wrong"] else 0
 
 
-def tried(only: str, column: str, load: Path | None) -> dict[str, dict[str, Any]]:
-    """The cells, by network and column."""
+def try_networks(only: str, column: str, part: slice) -> None:
+    """Fills the cells, a network after another."""
     import torch
     import zoo_columns
     from zoo_networks import networks
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = [network for network in networks() if only in network.name]
-    found: dict[str, dict[str, Any]] = {network.name: {} for network in chosen}
-
-    def put(network: Any, name: str, cell: zoo_columns.Cell) -> None:
-        found[network.name][name] = {"status": cell.status, "detail": cell.detail}
-
-    def file(folder: Path, network: Any) -> Path:
-        return folder / f"{network.name.replace('/', '-')}.pt"
-
-    if load:
-        for network in chosen:
-            if file(load, network).exists():
-                put(network, SAVED, zoo_columns.tried(lambda n: zoo_columns.load(n, file(load, n)), network))
-        return found
     with tempfile.TemporaryDirectory() as folder:
-        for network in chosen:
+        for network in [network for network in networks() if only in network.name][part]:
             start = time.perf_counter()
-            for name, run in zoo_columns.COLUMNS.items():
-                if column in ("", name):
-                    put(network, name, zoo_columns.tried(run, network))
+            row = {
+                name: asdict(zoo_columns.tried(run, network))
+                for name, run in zoo_columns.COLUMNS.items()
+                if column in ("", name)
+            }
             if column in ("", SAVED):
-                put(
-                    network,
-                    SAVED,
-                    zoo_columns.tried(lambda n: zoo_columns.save(n, file(Path(folder), n)), network),
-                )
-            marks = "  ".join(f"{name} {cell['status']}" for name, cell in found[network.name].items())
+                file = Path(folder) / network.name.replace("/", "-")
+                row[SAVED] = asdict(zoo_columns.tried(lambda n: zoo_columns.save(n, file), network))  # noqa: B023
+            put({network.name: row})
+            marks = "  ".join(f"{name} {cell['status']}" for name, cell in row.items())
             print(
                 f"{network.name} ({time.perf_counter() - start:.0f} s): {marks}", file=sys.stderr, flush=True
             )
-        if column in ("", SAVED):
-            command = [sys.executable, __file__, "--load", folder, "--only", only]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            for name, row in json.loads(done.stdout).items():
-                found[name].update(row)
-    return found
+        command = [sys.executable, __file__, "--load", folder]
+        put(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def loaded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The column `saved` of the networks that another process has saved in a folder."""
+    import zoo_columns
+    from zoo_networks import networks
+
+    warnings.simplefilter("ignore")
+    files = {network: folder / network.name.replace("/", "-") for network in networks()}
+    return {
+        network.name: {SAVED: asdict(zoo_columns.tried(lambda n: zoo_columns.load(n, file), network))}  # noqa: B023
+        for network, file in files.items()
+        if file.exists()
+    }
+
+
+def put(rows: dict[str, dict[str, Any]]) -> None:
+    """Cells into results.json, beside those that are there, and that other processes put there."""
+    folder = os.open(RESULTS.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        known = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
+        for name, row in rows.items():
+            known[name] = known.get(name, {}) | row
+        results = {"versions": versions(), "networks": dict(sorted(known.items()))}
+        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        os.close(folder)
 
 
 def versions() -> dict[str, str]:
