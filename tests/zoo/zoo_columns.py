@@ -103,7 +103,7 @@ def attack(network: Network) -> Cell:
     at = x.clone()
     for _ in range(3):
         at.requires_grad_()
-        (gradient,) = torch.autograd.grad(network.loss_fn(model(at), y), at)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network.logits(model(at)), y), at)
         at = (x + (at.detach() + step * gradient.sign() - x).clamp(-eps, eps)).clamp(0, 1)
     found = PGD(model, eps=eps, step_size=step, steps=3, random_start=False)(x, y)
     same("PGD", found, at)
