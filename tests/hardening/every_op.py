@@ -77,9 +77,12 @@ def run(call: Call, replaced: dict[Place, Tensor] | None = None) -> list[Tensor]
     return [*out, *(t for _, t in written((func, fresh)))]
 
 
-def same(one: list[Tensor], two: list[Tensor]) -> bool:
+def same(one: list[Any], two: list[Any]) -> bool:
     """Bit for bit, but for the kinds of NaN."""
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, two, strict=True))
+    return all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) else a == b
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def _copied(arg: Any) -> Any:

@@ -160,6 +160,9 @@ def masks(draw: Draw) -> str:
     """A few training steps of a masked network beside weight · mask, and what is kept of it afterwards."""
     model, x, y = network(draw)
     model.train(draw.chance(0.5))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # it draws in the order of memory, which a masked convolution's output may have another of
     twin = copy.deepcopy(model)
     kept = {
         f"{path}.weight": torch.rand(module.weight.shape, generator=draw.generator) < 0.5

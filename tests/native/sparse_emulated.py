@@ -154,7 +154,7 @@ class EmulatedSparse:
             numbers |= {"row_stride": y.stride(0), "sample_stride": y.stride(1)}
             tensors = {"weight": weight, "x": x.t(), "words": words, "bias": bias, "y": y}
             return self._call("skinny_spmm", [x.dtype], numbers, **tensors)["y"]
-        if self.by_entries and x.dtype != torch.bfloat16:
+        if self.by_entries and x.dtype.itemsize >= 4:
             numbers |= {"row_stride": weight.stride(0), "col_stride": weight.stride(1)}
             tensors = {"weight": weight, "x": x.contiguous(), "bias": bias, "start": start, "column": column}
             tensors["y"] = y.contiguous()
@@ -169,7 +169,7 @@ class EmulatedSparse:
         numbers = {"rows": rows, "cols": cols, "samples": samples, "block": block, "entries": column.numel()}
         if samples == 0 or rows == 0 or cols == 0:
             return a.new_zeros(rows, cols)
-        if self.by_entries and a.dtype != torch.bfloat16:
+        if self.by_entries and a.dtype.itemsize >= 4:
             tensors = {"a": a.contiguous(), "b": b.contiguous(), "start": start, "column": column}
             product = a.new_zeros(rows, cols)
             return self._call("stream_sddmm", [a.dtype], numbers, **tensors, product=product)["product"]
