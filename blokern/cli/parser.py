@@ -7,6 +7,7 @@ import difflib
 import shutil
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -278,8 +279,9 @@ def _near(name: str, known: Iterable[str]) -> str | None:
     for found in (plain, _ELSEWHERE.get(plain)):
         if found in names:
             return names[found]
-    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.6)
-    return names[close[0]] if close else None
+    close = difflib.get_close_matches(plain, names, n=3, cutoff=0.6)
+    # The nearest; among a few as near, the one that begins alike: epoks is epochs, not eps.
+    return names[max(close, key=lambda one: len(commonprefix([plain, one])))] if close else None
 
 
 # --- Help ---------------------------------------------------------------------------------------------------

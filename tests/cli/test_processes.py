@@ -67,11 +67,12 @@ def test_a_terminal_without_the_fields_letters_gets_others():
     assert raw.getvalue() == b"-1 +- 2 -> lambda ?"
 
 
-def test_a_warning_is_a_line(capsys):
-    with streams.plain_warnings(), warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn("so it is", stacklevel=1)
-    assert capsys.readouterr().err == "blokern: warning: so it is\n"
+def test_a_warning_is_a_line():
+    before = warnings.formatwarning
+    with streams.plain_warnings():
+        told = warnings.formatwarning("so it is", UserWarning, "source.py", 7, "the_line()")
+    assert told == "blokern: warning: so it is\n"
+    assert warnings.formatwarning is before
 
 
 # --- Signals ------------------------------------------------------------------------------------------------
