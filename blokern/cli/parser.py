@@ -7,7 +7,7 @@ import difflib
 import shutil
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -281,7 +281,12 @@ def _near(name: str, known: Iterable[str]) -> str | None:
             return names[found]
     close = difflib.get_close_matches(plain, names, n=3, cutoff=0.6)
     # The nearest; among a few as near, the one that begins alike: epoks is epochs, not eps.
-    return names[max(close, key=lambda one: len(commonprefix([plain, one])))] if close else None
+    return names[max(close, key=lambda one: _alike(plain, one))] if close else None
+
+
+def _alike(a: str, b: str) -> int:
+    """How many letters two words have in common at their start."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
 # --- Help ---------------------------------------------------------------------------------------------------
