@@ -137,16 +137,14 @@ def mixed_hvp(network: Network) -> Cell:
 
 def _product(network: Network, name: str) -> Cell:
     """A product beside autograd's, differentiated twice."""
-    model, (x, y) = made(network), network.batch()
-    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    model, twin = made(network), made(network)  # one each, as some keep parts of a graph for the next pass
+    x, y = network.batch()
+    parameters = {key: p for key, p in twin.named_parameters() if p.requires_grad}
     along: Any = directions(parameters)
     if name == "mixed_hvp":
         along = directions({"": x})[""]
-    with (
-        TwiceDifferentiable(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the other kinds of attention have no second derivative in torch
-        theirs = _by_autograd(network, model, x, y, name, parameters, along)
+    with TwiceDifferentiable(), sdpa_kernel(SDPBackend.MATH):  # other kinds of attention: once only
+        theirs = _by_autograd(network, twin, x, y, name, parameters, along)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         linearization._warned.clear()

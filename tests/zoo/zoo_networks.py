@@ -139,7 +139,7 @@ TIMM_CONVOLUTIONAL: dict[str, tuple[int, dict[str, Any]]] = {
     "darknet17": (64, {}),
     "cs3darknet_s": (64, {}),
     "ese_vovnet19b_slim": (64, {}),
-    "selecsls42": (64, {}),
+    "selecsls42": (128, {}),  # at 64 its last BatchNorm sees two values, and rounding decides a step
     "convnext_atto": (64, {}),
     "edgenext_xx_small": (64, {}),
     "mobileone_s0": (64, {}),
