@@ -179,12 +179,13 @@ template <Derivatives kind>
 void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto check = [](const at::Tensor& t, const std::string& name) {
-    TORCH_CHECK_VALUE(kind == Derivatives::masks || !(t.requires_grad() && at::GradMode::is_enabled()), name,
-                      " requires grad, and this op has no derivative: call it under torch.no_grad(), or detach ",
-                      name);
-    TORCH_CHECK_VALUE(!t._fw_grad(0).defined(), name,
-                      " has a tangent of forward mode, and this op has no derivative: give it the primal alone, by"
-                      " detach() or torch.func.stop_gradient");
+    TORCH_CHECK_VALUE(
+        kind == Derivatives::masks || !(t.requires_grad() && at::GradMode::is_enabled()), name,
+        " requires grad, and this op has no derivative: call it under torch.no_grad(), or detach ", name);
+    TORCH_CHECK_VALUE(
+        !t._fw_grad(0).defined(), name,
+        " has a tangent of forward mode, and this op has no derivative: give it the primal alone, by"
+        " detach() or torch.func.stop_gradient");
   };
   for (size_t i = 0; i < arguments.size(); ++i) {
     const c10::IValue& value = torch::jit::peek(*stack, i, arguments.size());
@@ -215,9 +216,8 @@ void define(torch::Library& m, const std::string& schema, Derivatives derivative
   if (derivatives != Derivatives::python)
     m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, refusal(derivatives)));
   if (schema.find('!') == std::string::npos) return;
-  m.impl(name.c_str(),
-         torch::dispatch(c10::DispatchKey::Negative,
-                         torch::CppFunction::makeFromBoxedFunction<&resolve_negative>()));
+  m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Negative,
+                                       torch::CppFunction::makeFromBoxedFunction<&resolve_negative>()));
 }
 
 // NUMBER as float, and as the overload per_sample.

@@ -81,8 +81,8 @@ void apgd_step_linf(const ApgdStep<T, G>& p, int64_t begin, int64_t end) {
       const auto current = load<A>(x_adv + i, w), original = load<A>(x + i, w);
       auto next = linf_project<T>(current + step_size * sign(load<A>(grad + i, w)), original, eps, lo, hi);
       if (p.momentum != 1) {
-        next = linf_project<T>(with_momentum(next, current, load<A>(x_prev + i, w), momentum), original, eps, lo,
-                            hi);
+        next = linf_project<T>(with_momentum(next, current, load<A>(x_prev + i, w), momentum), original, eps,
+                               lo, hi);
       }
       store(x_prev + i, current, w);
       store(x_adv + i, next, w);

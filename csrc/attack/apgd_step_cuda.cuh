@@ -41,7 +41,7 @@ struct ApgdStepLinf {
         const auto previous = load<A>(x_prev + i, part);
         next = each<A>(part, [&](int k) {
           return linf_project<T>(with_momentum(next[k], current[k], previous[k], momentum), original[k], eps,
-                              box.lo, box.hi);
+                                 box.lo, box.hi);
         });
       }
       store(x_prev + i, current, part);

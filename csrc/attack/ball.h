@@ -2,8 +2,8 @@
 // on the CPU. And what is made of a sample's sums, which the kernels form.
 //
 // T is what the result is stored as. As a half type it is in the ball and in the box as stored: bounds are
-// rounded towards x (support/rounding.h), and a box is one of T's own numbers (box_in). Floats and doubles are
-// rounded to the nearest, as in a loop of torch's ops, whose bits L∞ has.
+// rounded towards x (support/rounding.h), and a box is one of T's own numbers (box_in). Floats and doubles
+// are rounded to the nearest, as in a loop of torch's ops, whose bits L∞ has.
 #pragma once
 
 #include "attack/batch.h"

@@ -17,8 +17,8 @@ void fast_bat_step(const FastBatStep<T, G>& p, int64_t begin, int64_t end) {
     bool* const free = p.free[n];
     const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(sum_below<T>(A(0), radius_in<T>(p.eps[n])));
     sweep<A>(first, last, [=](int64_t i, auto w) {
-      const auto step =
-          fast_bat_delta<T>(load<A>(z + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi);
+      const auto step = fast_bat_delta<T>(load<A>(z + i, w), load<A>(x + i, w), load<A>(grad + i, w),
+                                          step_size, eps, lo, hi);
       store(delta + i, step.delta, w);
       store(free + i, less(step.lower, step.u) & less(step.u, step.upper), w);
     });

@@ -18,7 +18,8 @@ void pgd_step_linf(const PgdStep<T, G>& p, int64_t begin, int64_t end) {
     const Lanes<A> step_size(static_cast<A>(p.step_size[n])), eps(radius_in<T>(p.eps[n]));
     sweep<A>(first, last, [=](int64_t i, auto w) {
       store(out + i,
-            linf_step<T>(load<A>(x_adv + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo, hi),
+            linf_step<T>(load<A>(x_adv + i, w), load<A>(x + i, w), load<A>(grad + i, w), step_size, eps, lo,
+                         hi),
             w);
     });
   });

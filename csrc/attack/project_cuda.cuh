@@ -22,9 +22,10 @@ struct ProjectLinf {
     const Limits<A> box(p.clip);
     walk.sweep([=](int64_t i, auto part) {
       const auto current = load<A>(x_adv + i, part), original = load<A>(x + i, part);
-      store(out + i,
-            each<A>(part, [&](int k) { return linf_project<T>(current[k], original[k], eps, box.lo, box.hi); }),
-            part);
+      store(
+          out + i,
+          each<A>(part, [&](int k) { return linf_project<T>(current[k], original[k], eps, box.lo, box.hi); }),
+          part);
     });
   }
 };

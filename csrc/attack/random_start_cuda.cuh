@@ -84,9 +84,11 @@ struct RandomStartLinf {
     team.walk<kDraws<T>>(p.batch.size, 0).sweep([=](int64_t i, auto part) {
       const auto original = load<A>(x + i, part);
       const auto draw = draws.singles<A>(i, part, [](uint32_t word) { return linf_draw<A>(word); });
-      store(out + i, each<A>(part, [&](int k) {
-              return linf_project<T>(original[k] + eps * draw[k], original[k], eps, box.lo, box.hi);
-            }),
+      store(out + i,
+            each<A>(part,
+                    [&](int k) {
+                      return linf_project<T>(original[k] + eps * draw[k], original[k], eps, box.lo, box.hi);
+                    }),
             part);
     });
   }

@@ -1,5 +1,5 @@
-// Directed rounding to half types, the same bits on every processor. The words are those of support/math.h and
-// support/vec.h.
+// Directed rounding to half types, the same bits on every processor. The words are those of support/math.h
+// and support/vec.h.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

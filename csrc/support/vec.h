@@ -174,8 +174,9 @@ BLOKERN_INLINE Lanes<float> add_down(const Lanes<float>& a, const Lanes<float>& 
 #if defined(__AVX512F__)
   Lanes<float> sum;
   for (int k = 0; k < kParts; ++k) {
-    sum.v[k] = bit_copy<Floats>(_mm512_maskz_add_round_ps(0xffff, bit_copy<__m512>(a.v[k]), bit_copy<__m512>(b.v[k]),
-                                                          _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    sum.v[k] =
+        bit_copy<Floats>(_mm512_maskz_add_round_ps(0xffff, bit_copy<__m512>(a.v[k]), bit_copy<__m512>(b.v[k]),
+                                                   _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
   }
   return sum + Lanes<float>();
 #else

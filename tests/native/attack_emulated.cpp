@@ -51,7 +51,7 @@ void run(const Call& call, const CudaCall& cuda) {
   const Rows<const T> x = call.rows<const T>("x");
   if (starts_with("pgd_step")) {
     const PgdStep<T, G> p{
-        call.batch(), call.rows<const T>("x_adv"), x, grad, call.rows<T>("out"), call.steps(), call.radii(),
+        call.batch(),  call.rows<const T>("x_adv"), x, grad, call.rows<T>("out"), call.steps(), call.radii(),
         call.clip<T>()};
     BY_NORM(pgd_step)
   }
@@ -82,13 +82,13 @@ void run(const Call& call, const CudaCall& cuda) {
   }
   if constexpr (std::is_same_v<T, G>) {
     if (starts_with("project")) {
-      const Project<T> p{call.batch(), call.rows<const T>("x_adv"), x, call.rows<T>("out"), call.radii(),
+      const Project<T> p{call.batch(),  call.rows<const T>("x_adv"), x, call.rows<T>("out"), call.radii(),
                          call.clip<T>()};
       BY_NORM(project)
     }
     if (starts_with("random_start")) {
-      const RandomStart<T> p{call.batch(), x,           call.rows<T>("out"),      call.radii(),
-                             call.clip<T>(),    call.seed(), call.given.count("first")};
+      const RandomStart<T> p{call.batch(),   x,           call.rows<T>("out"),      call.radii(),
+                             call.clip<T>(), call.seed(), call.given.count("first")};
       BY_NORM(random_start)
     }
   }
