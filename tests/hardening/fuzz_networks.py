@@ -58,6 +58,10 @@ def ours(run: Callable[[], Any]) -> Any:
 
 def same(what: str, found: Any, wanted: Any, tolerance: float = 1e-7) -> None:
     pairs = [(f.double(), w.double()) for f, w in zip(found, wanted, strict=True)]
+    assert all(f.isnan().equal(w.isnan()) for f, w in pairs if f.shape == w.shape), (
+        f"{what}: NaN in one alone"
+    )
+    pairs = [(f.nan_to_num(), w.nan_to_num()) for f, w in pairs]
     scale = max([1e-3, *(float(w.abs().max()) for _, w in pairs if w.numel())])
     for f, w in pairs:
         assert f.shape == w.shape, f"{what}: shape {tuple(f.shape)} instead of {tuple(w.shape)}"
