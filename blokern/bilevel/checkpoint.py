@@ -85,7 +85,7 @@ def write_sealed(path: str | Path, body: bytes) -> None:
     >>> write_sealed("runs/a/last.pt", packed({"model": model.state_dict()}))
     """
     # torch's zip stores checksums but torch.load does not look at them, and they leave out the directory.
-    write_atomically(path, body, hashlib.sha256(body).digest())
+    _replace(path, body, hashlib.sha256(body).digest())
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -353,10 +353,18 @@ def write_atomically(path: str | Path, *data: bytes) -> None:
     """Make ``data`` the content of ``path``, all of it or nothing, through a temporary file beside it.
 
     Raises:
+        ValueError: ``path`` is a checkpoint, which nothing but a checkpoint is written over.
         OSError: naming ``path``, which holds what it held before.
 
     >>> write_atomically("runs/a/settings.yaml", b"eps: 0.1\\n")
     """
+    with contextlib.suppress(OSError):  # of what is not there, or cannot be read
+        if Path(path).is_file() and is_checkpoint(path):
+            raise ValueError(f"{path} is a checkpoint, which nothing else is written over: name another file")
+    _replace(path, *data)
+
+
+def _replace(path: str | Path, *data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -36,7 +36,7 @@ from blokern.cli.options import (
     train_options,
 )
 from blokern.cli.output import check_study_folder, write_json
-from blokern.cli.train import train_parser
+from blokern.cli.train import load_data, train_parser
 
 if TYPE_CHECKING:
     from blokern.cli.study import Dense, Plan, Run
@@ -107,6 +107,7 @@ def _prune(options: Options, entries: Sequence[Entry], processes: Processes) -> 
     processes.lead(lambda: check_study_folder(Path(options["out"]), planned, _earlier))
     rewinds = {plan.settings.rewind_epoch for plan in plans if plan.method == "imp"}  # type: ignore[attr-defined]
     training = {seed: _dense_training(options, seed) for seed in options["seeds"]}
+    load_data(options, options["seeds"][0])  # what is wrong with them is said now
     given = None if options["dense"] is None else given_dense(Path(options["dense"]), options)
     keep_freed_memory()
     dense, runs = {}, []

@@ -7,6 +7,7 @@ import stat
 
 import pytest
 import torch
+from checkpoints import pruned
 from torch import nn
 
 from blokern.bilevel import checkpoint
@@ -253,3 +254,21 @@ def test_file_and_folder_are_synced_around_the_rename(path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     saved(path)
     assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_nothing_but_a_checkpoint_is_written_over_one(tmp_path):
+    from blokern import plots
+    from blokern.bilevel.export import save_dense
+
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, pruned(None))
+    before = path.read_bytes()
+    for write in (
+        lambda: checkpoint.write_atomically(path, b"a"),
+        lambda: save_dense(checkpoint.load(path), path, path),
+        lambda: plots.layers({0.1: {"omp": {"stem.weight": 0.9}}}, path),
+    ):
+        with pytest.raises(ValueError, match=r"best\.pt is a checkpoint, which nothing else is written over"):
+            write()
+    assert path.read_bytes() == before
+    checkpoint.save(path, {"model": {}})

@@ -241,6 +241,13 @@ def test_compare_trains_nothing_for_an_attack_that_is_none(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+def test_prune_trains_nothing_for_images_that_are_none(tmp_path, capsys):
+    quick = [word for word in QUICK if not word.startswith(("--eps", "--val-steps"))]
+    command = ["prune", "omp", "--density=0.3", "--out", tmp_path / "a", *quick]
+    assert "test_limit must be in [1, " in error(capsys, *command, "--test-limit=0")
+    assert not (tmp_path / "a").exists()
+
+
 def test_resume_with_nothing_there_and_nothing_said(tmp_path, capsys):
     message = error(capsys, "train", "plain", "--out", tmp_path / "typo", "--resume", "--threads=1")
     assert "holds no run to resume" in message

@@ -78,7 +78,7 @@ def test_spectrum_of_some_images_is_repeatable(run, tmp_path, capsys):
     assert files[0].read_bytes() == files[1].read_bytes()
     result = json.loads(files[0].read_text())
     assert result["images"] == 25
-    assert len(result["largest"]) == len(result["smallest"]) == 3
+    assert (len(result["largest"]), len(result["smallest"])) == (3, 3)  # six steps, six values
     assert (tmp_path / "a.png").exists()
     assert not (path.parent / "spectrum.png").exists()
 
