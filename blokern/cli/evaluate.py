@@ -17,6 +17,7 @@ from blokern.cli.options import (
     Option,
     Options,
     check_known,
+    counted,
     make_parser,
     parse,
     say,
@@ -136,7 +137,8 @@ def _budget(options: Options, source: Source) -> ThreatModel:
         why = f"it was trained for images in [{trained.clip_min:g}, {trained.clip_max:g}], and these lie in [0, 1]"
     else:
         return trained
-    raise ValueError(f"eps is needed for {source.path}: {why}; give --eps, such as --eps 8/255")
+    how = "give --eps, such as --eps 8/255" if norm == "linf" else f"give --eps, a radius in {norm}"
+    raise ValueError(f"eps is needed for {source.path}: {why}; {how}")
 
 
 def check_attack(attack: Options) -> None:
@@ -174,7 +176,7 @@ def attacked(
     total = math.ceil(len(batches) / processes.size)
     watched = sys.stderr.isatty()
     if processes.leads and not watched:
-        say(f"{adversary.name} on {len(test)} images, {device}, {torch.get_num_threads()} threads")
+        say(f"{adversary.name} on {len(test)} images, {device}, {counted(torch.get_num_threads(), 'thread')}")
     with tqdm(
         own, adversary.name, total, unit="batch", disable=not (watched and processes.leads), leave=False
     ) as bar:

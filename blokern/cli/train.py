@@ -19,6 +19,7 @@ from blokern.cli.options import (
     SETTINGS,
     Options,
     check_known,
+    counted,
     first_line,
     flag,
     in_words,
@@ -158,7 +159,7 @@ def at_work(trainer: Trainer, options: Options) -> str:
 
     weights = sum(weight.numel() for weight in trainer.rule.model.parameters())
     images, held_out = (len(part) for part in (trainer.splits.train, trainer.splits.val))
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
     return (
         f"{options['model']}, {weights:,} parameters; {images:,} training and {held_out:,} validation images of "
         f"{options['data']}; {trainer.device}{threads}"
