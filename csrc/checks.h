@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -76,9 +78,15 @@ inline void radius(double value, const char* name) {
   TORCH_CHECK_VALUE(value >= 0, name, " must be at least 0, got ", value);
 }
 
+// A number with as many digits as tell it from its neighbours.
+inline std::string digits(double value) {
+  std::array<char, 32> text;
+  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), value).ptr};
+}
+
 inline void box(double min, double max) {
-  TORCH_CHECK_VALUE(min <= max, "clip_min must be at most clip_max, got clip_min=", min,
-                    " and clip_max=", max);
+  TORCH_CHECK_VALUE(min <= max, "clip_min must be at most clip_max, got clip_min=", digits(min),
+                    " and clip_max=", digits(max));
 }
 
 // A tensor that is written in place must have one place for each element: views of dense tensors have, and

@@ -67,8 +67,8 @@ template <class T>
 Box box_of(double clip_min, double clip_max) {
   const Box box = box_in<T>({clip_min, clip_max});
   TORCH_CHECK_VALUE(box.min <= box.max, "no ", c10::CppTypeToScalarType<T>::value,
-                    " lies between clip_min and clip_max, got clip_min=", clip_min,
-                    " and clip_max=", clip_max, ": take float32 images");
+                    " lies between clip_min and clip_max, got clip_min=", checks::digits(clip_min),
+                    " and clip_max=", checks::digits(clip_max), ": take float32 images");
   return box;
 }
 
@@ -289,15 +289,10 @@ std::tuple<Tensor, Tensor> fast_bat_step(const Tensor& z, const Tensor& x, const
   const Tensor rows_z = rows.input(z), rows_x = rows.input(x), rows_grad = rows.input(grad);
   const Tensor rows_delta = rows.output(delta), rows_free = rows.output(free);
   dispatch_image_and_grad(z.scalar_type(), grad.scalar_type(), [&]<class T, class G>() {
-    const FastBatStep<T, G> p{rows.batch(nullptr),
-                              rows.read<T>(rows_z),
-                              rows.read<T>(rows_x),
-                              rows.read<G>(rows_grad),
-                              rows.write<T>(rows_delta),
-                              rows.write<bool>(rows_free),
-                              step.value,
-                              radius.value,
-                              box_of<T>(clip_min, clip_max)};
+    const FastBatStep<T, G> p{
+        rows.batch(nullptr),       rows.read<T>(rows_z),        rows.read<T>(rows_x), rows.read<G>(rows_grad),
+        rows.write<T>(rows_delta), rows.write<bool>(rows_free), step.value,           radius.value,
+        box_of<T>(clip_min, clip_max)};
     Device::elements(z, p, BLOKERN_KERNEL(blokern::fast_bat_step));
   });
   rows.finish(rows_delta, delta);

@@ -150,6 +150,8 @@ def test_a_box_without_numbers_of_the_type_is_refused(dtype: torch.dtype) -> Non
     x = torch.full((1, 2), 0.3, dtype=dtype)
     with pytest.raises(ValueError, match=r"lies between clip_min and clip_max, got clip_min=0\.3001"):
         ops.project(x, x, 0.1, clip_min=0.3001, clip_max=0.3002)
+    with pytest.raises(ValueError, match=r"got clip_min=0\.9999999 and clip_max=0\.99999991"):  # all digits
+        ops.project(x, x, 0.1, clip_min=0.9999999, clip_max=0.99999991)
 
 
 @half_types

@@ -27,9 +27,8 @@ def images(draw: Draw, dtype: torch.dtype) -> dict[str, Any]:
         return draw.one_of((0.0, draw.between(0, high)))
 
     grads = [dtype, *(FLOATS[2:] if dtype == torch.float32 else ())]
-    low = draw.between(-1, 1)
-    # Of the images' own numbers: a half type may have none within a narrow box.
-    clip_min, clip_max = (float(torch.tensor(v, dtype=dtype)) for v in (low, low + draw.between(0, 2)))
+    clip_min = draw.between(-1, 1)
+    narrowest = 0.02 if dtype in FLOATS[2:] else 0.0  # a box that has none of the type's numbers is refused
     return {
         "x_adv": draw.laid_out(draw.values(shape, dtype)),
         "x": draw.input(draw.values(shape, dtype)),
@@ -37,7 +36,7 @@ def images(draw: Draw, dtype: torch.dtype) -> dict[str, Any]:
         "step_size": size(2.0),
         "eps": size(1.5),
         "clip_min": clip_min,
-        "clip_max": clip_max,
+        "clip_max": clip_min + draw.between(narrowest, 2),
         "active": draw.input(draw.mask(shape[:1])) if draw.chance(0.3) else None,
     }
 
