@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+import test_half_images
 import test_ops
 import torch
 from emulated import EmulatedOps
-from ops_cases import DTYPES, NORMS, SIZES, TOLERANCE, calls, images
+from ops_cases import DTYPES, HALVES, NORMS, SIZES, TOLERANCE, calls, images
 from server import SCHEDULES
 from torch import Tensor
 
@@ -71,6 +72,19 @@ def test_linf_has_the_bits_of_the_cpu(emulated: EmulatedOps, op: str) -> None:
             calls(emulated, "linf")[op](*tensors), calls(ops, "linf")[op](*tensors), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@one_schedule
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_images_stay_in_ball_and_box(
+    emulated: EmulatedOps, dtype: torch.dtype, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_half_images, "ops", emulated)
+    for box in test_half_images.BOXES[:2]:
+        x = test_half_images.case(dtype, box, 1.0, size=61)
+        for out in test_half_images.outputs(x, 8 / 255, norm, box).values():
+            test_half_images.check_inside(out, x, 8 / 255, norm, box)
 
 
 def _layouts(t: Tensor) -> list[Tensor]:
