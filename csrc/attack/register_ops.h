@@ -289,10 +289,15 @@ std::tuple<Tensor, Tensor> fast_bat_step(const Tensor& z, const Tensor& x, const
   const Tensor rows_z = rows.input(z), rows_x = rows.input(x), rows_grad = rows.input(grad);
   const Tensor rows_delta = rows.output(delta), rows_free = rows.output(free);
   dispatch_image_and_grad(z.scalar_type(), grad.scalar_type(), [&]<class T, class G>() {
-    const FastBatStep<T, G> p{
-        rows.batch(nullptr),       rows.read<T>(rows_z),        rows.read<T>(rows_x), rows.read<G>(rows_grad),
-        rows.write<T>(rows_delta), rows.write<bool>(rows_free), step.value,           radius.value,
-        box_of<T>(clip_min, clip_max)};
+    const FastBatStep<T, G> p{rows.batch(nullptr),
+                              rows.read<T>(rows_z),
+                              rows.read<T>(rows_x),
+                              rows.read<G>(rows_grad),
+                              rows.write<T>(rows_delta),
+                              rows.write<bool>(rows_free),
+                              step.value,
+                              radius.value,
+                              box_of<T>(clip_min, clip_max)};
     Device::elements(z, p, BLOKERN_KERNEL(blokern::fast_bat_step));
   });
   rows.finish(rows_delta, delta);
