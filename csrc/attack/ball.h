@@ -31,7 +31,7 @@ BLOKERN_INLINE Box box_in(Box box) {
 // L∞: to the ball, then to the box. The box wins where the two do not meet.
 template <class T, class V>
 BLOKERN_INLINE V linf_project(V x_adv, V x, V eps, V lo, V hi) {
-  return clamp(clamp(x_adv, sum_above<T>(x, -eps), sum_below<T>(x, eps)), lo, hi);
+  return clamp(clamp_around<T>(x_adv, x, eps), lo, hi);
 }
 
 // L2, with scale = min(1, eps / ‖δ‖): to the ball, then to the box.

@@ -33,7 +33,7 @@ struct FastBatDelta {
 template <class T, class V>
 BLOKERN_INLINE FastBatDelta<V> fast_bat_delta(V z, V x, V grad, V step_size, V eps, V lo, V hi) {
   const V u = z - step_size * grad;
-  const V to_lo = sum_above<T>(lo, -x), to_hi = sum_below<T>(hi, -x);
+  const V to_lo = sum_above<T>(lo, -x), to_hi = sum_below<T>(hi, -x) + V(0);
   const V delta = clamp(clamp(u, -eps, eps), to_lo, to_hi);
   return {u, larger(-eps, to_lo), -larger(-eps, -to_hi), delta};
 }

@@ -86,11 +86,16 @@ BLOKERN_INLINE float floor_bits(float v) {
   return float_of(floored<kDropped>(bits_of(v)));
 }
 
+// v, its sign turned where that of `by` is set.
+BLOKERN_INLINE float mirrored(float v, float by) {
+  return float_of(bits_of(v) ^ (bits_of(by) & 0x80000000u));
+}
+
 BLOKERN_INLINE float next_lower_where(bool wanted, float v) {
   return float_of(next_lower(bits_of(v), wanted ? ~uint32_t{0} : uint32_t{0}));
 }
 
-// The largest float that is at most a + b; its zero has no sign.
+// The largest float that is at most a + b; its zero may have either sign.
 template <class V>
 BLOKERN_INLINE V add_down_exactly(V a, V b) {
   const V sum = a + b;
@@ -100,7 +105,7 @@ BLOKERN_INLINE V add_down_exactly(V a, V b) {
 }
 BLOKERN_INLINE float add_down(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  return __fadd_rd(a, b) + 0.0f;
+  return __fadd_rd(a, b);
 #else
   return add_down_exactly(a, b);
 #endif

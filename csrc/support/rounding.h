@@ -22,7 +22,8 @@ BLOKERN_INLINE V floor_to(V v) {
   return floor_bits<0xffffu>(v);  // a bfloat16 is a float's upper half
 }
 
-// The largest T that is at most a + b, the exact sum; for float and double the sum, rounded to the nearest.
+// The largest T that is at most a + b, the exact sum; for float and double the sum, rounded to the nearest. A
+// half type's zero may have either sign: add V(0) to what is stored.
 template <class T, class V>
 BLOKERN_INLINE V sum_below(V a, V b) {
   if constexpr (kIsHalf<T>) return floor_to<T>(add_down(a, b));
@@ -36,15 +37,27 @@ BLOKERN_INLINE V sum_above(V a, V b) {
   return a + b;
 }
 
-// x + step as a T that is no farther from x than |step|.
+// x + step as a T that is no farther from x than |step|: rounded down, in the mirror where step is negative.
 template <class T, class V>
 BLOKERN_INLINE V move_within(V x, V step) {
+  if constexpr (kIsHalf<T>)
+    return mirrored(sum_below<T>(mirrored(x, step), mirrored(step, step)), step) + V(0.0f);
+  else
+    return x + step;
+}
+
+// v, clamped to [x − radius, x + radius]; half types to those of their numbers that lie in it. One of the
+// two bounds is in v's way: the upper one, in the mirror where v < x.
+template <class T, class V>
+BLOKERN_INLINE V clamp_around(V v, V x, V radius) {
   if constexpr (kIsHalf<T>) {
-    const auto down = less(step, V(0.0f));
-    const V moved = sum_below<T>(where(down, -x, x), absolute(step));
-    return where(down, V(0.0f) - moved, moved);
+    const V side = v - x;
+    const V bound = sum_below<T>(mirrored(x, side), radius);
+    const V inside = mirrored(v, side);
+    return mirrored(where(less(bound, inside), bound, inside), side) + V(0.0f);
+  } else {
+    return clamp(v, x - radius, x + radius);
   }
-  return x + step;
 }
 
 // The largest float that is at most v.

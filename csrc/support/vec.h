@@ -164,6 +164,13 @@ BLOKERN_INLINE Lanes<float> floor_bits(Lanes<float> v) {
   return v;
 }
 
+BLOKERN_INLINE Lanes<float> mirrored(const Lanes<float>& v, const Lanes<float>& by) {
+  Lanes<float> turned;
+  for (int k = 0; k < kParts; ++k)
+    turned.v[k] = bit_copy<Floats>(bit_copy<Bits32>(v.v[k]) ^ (bit_copy<Bits32>(by.v[k]) & 0x80000000u));
+  return turned;
+}
+
 BLOKERN_INLINE Lanes<float> next_lower_where(const Mask<float>& wanted, Lanes<float> v) {
   for (int k = 0; k < kParts; ++k)
     v.v[k] = bit_copy<Floats>(next_lower(bit_copy<Bits32>(v.v[k]), bit_copy<Bits32>(wanted.v[k])));
@@ -178,7 +185,7 @@ BLOKERN_INLINE Lanes<float> add_down(const Lanes<float>& a, const Lanes<float>& 
         bit_copy<Floats>(_mm512_maskz_add_round_ps(0xffff, bit_copy<__m512>(a.v[k]), bit_copy<__m512>(b.v[k]),
                                                    _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
   }
-  return sum + Lanes<float>();
+  return sum;
 #else
   return add_down_exactly(a, b);
 #endif
@@ -261,8 +268,7 @@ BLOKERN_INLINE Floats load_vector(const c10::BFloat16* p) {
 BLOKERN_INLINE void store_vector(c10::BFloat16* p, Floats v) {
   const auto bits = bit_copy<Bits32>(v);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const auto half = narrow(is_nan ? Bits32{} + 0x7fc0u : rounded);
+  const auto half = narrow(v != v ? Bits32{} + 0x7fc0u : rounded);
   std::memcpy(p, &half, sizeof(half));
 }
 
