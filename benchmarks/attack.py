@@ -176,12 +176,12 @@ def _call() -> Case:
     x_adv, x, grad = _images((8,), torch.float32)
     eps, step = SIZES["linf"]
     compiled = _compiled(linf_bounds)
-    handle = torch.ops.blokern.pgd_step_linf_.default
+    handle = torch.ops.blokern.pgd_step_.default
     return Case(
         "One call on 8 elements",
         {
             "blokern.ops": lambda: ops.pgd_step_(x_adv, x, grad, step, eps),
-            "torch.ops handle": lambda: handle(x_adv, x, grad, step, eps, 0.0, 1.0, None),
+            "torch.ops handle": lambda: handle(x_adv, x, grad, step, eps, None, None, 0, 0.0, 1.0, None),
             "torch.compile": lambda: compiled(x_adv, x, grad, step, eps),
             "eager (torchattacks)": lambda: linf_torchattacks(x_adv, x, grad, step, eps),
         },

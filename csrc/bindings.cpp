@@ -14,39 +14,30 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Binds one overload of an op; overloads share a Python name, and pybind11 chooses by the arguments' types.
 template <class R, class... Args>
-void bind(pybind11::module_& m, const std::string& name, const char* overload) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("blokern::" + name).c_str(), overload);
+void bind(pybind11::module_& m, const std::string& name) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("blokern::" + name).c_str(), "");
   const auto typed = op.typed<R(Args...)>();
   m.def(name.c_str(),
         torch::wrap_pybind_function_no_gil([typed](Args... args) -> R { return typed.call(args...); }));
 }
 
-template <class Number>
-void bind_attack(pybind11::module_& m, const char* overload) {
-  using T = const Tensor&;
-  using Active = const OptionalTensor&;
-  for (const std::string norm : {"linf", "l2", "l1"}) {
-    bind<Tensor, T, T, T, Number, Number, double, double, Active>(m, "pgd_step_" + norm, overload);
-    bind<void, T, T, T, Number, Number, double, double, Active>(m, "pgd_step_" + norm + "_", overload);
-    bind<Tensor, T, T, Number, double, double, Active>(m, "project_" + norm, overload);
-    bind<void, T, T, Number, double, double, Active>(m, "project_" + norm + "_", overload);
-    bind<void, T, T, T, T, Number, Number, double, double, double, Active, Active>(
-        m, "apgd_step_" + norm + "_", overload);
-    bind<Tensor, T, Number, double, double, int64_t, std::optional<at::Generator>>(m, "random_start_" + norm,
-                                                                                   overload);
-  }
-  bind<std::tuple<Tensor, Tensor>, T, T, T, Number, Number, double, double>(m, "fast_bat_step", overload);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  using T = const Tensor&;
+  using Each = const OptionalTensor&;
   m.doc() = "blokern's ops as plain functions; blokern.ops is the documented face.";
-  bind_attack<double>(m, "");
-  bind_attack<const Tensor&>(m, "per_sample");
-  bind<int64_t, const Tensor&, const Tensor&>(m, "mask_fingerprint", "");
+  bind<Tensor, T, T, T, double, double, Each, Each, int64_t, double, double, Each>(m, "pgd_step");
+  bind<void, T, T, T, double, double, Each, Each, int64_t, double, double, Each>(m, "pgd_step_");
+  bind<Tensor, T, T, double, Each, int64_t, double, double, Each>(m, "project");
+  bind<void, T, T, double, Each, int64_t, double, double, Each>(m, "project_");
+  bind<void, T, T, T, T, double, double, Each, Each, double, int64_t, double, double, Each, Each>(
+      m, "apgd_step_");
+  bind<Tensor, T, double, Each, int64_t, double, double, int64_t, std::optional<at::Generator>>(
+      m, "random_start");
+  bind<std::tuple<Tensor, Tensor>, T, T, T, double, double, Each, Each, double, double>(m, "fast_bat_step");
+  bind<int64_t, T, T>(m, "mask_fingerprint");
   m.attr("compiler") = "g++ " __VERSION__;
   m.attr("torch_version") = BLOKERN_TORCH_VERSION;
   m.attr("cpu_capabilities") = BLOKERN_CPU_CAPABILITIES;

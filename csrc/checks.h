@@ -110,8 +110,10 @@ inline void apart(const at::Tensor& t, const char* name, const at::Tensor& other
                     other_name, ": clone one of them first");
 }
 
-// Of a value a sample: the same, and nothing of a single one.
-inline void apart(const at::Tensor& /*t*/, const char* /*name*/, double /*value*/, const char* /*of*/) {}
+inline void apart(const at::Tensor& t, const char* name, const std::optional<at::Tensor>& other,
+                  const char* other_name) {
+  if (other.has_value()) apart(t, name, *other, other_name);
+}
 
 inline std::string element(const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); }
 

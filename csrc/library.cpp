@@ -9,29 +9,25 @@
 
 namespace {
 
-// NORM is linf, l2 and l1. NUMBER is float, or (overload "per_sample") a float64 Tensor of shape [N].
-// x_adv, x, grad and the like are [N, ...]; active is bool [N], and a sample where it is false stays as it
-// is.
+// Images are [N, ...]. step_size and eps are float64 [N]; where they are none, all samples have the uniform
+// one. norm: its p, 0 for infinity. active is bool [N], and a sample where it is false stays as it is.
 constexpr const char* kAttack[] = {
-    "pgd_step_NORM(Tensor x_adv, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min,"
+    "pgd_step(Tensor x_adv, Tensor x, Tensor grad, float uniform_step_size, float uniform_eps,"
+    " Tensor? step_size, Tensor? eps, int norm, float clip_min, float clip_max, Tensor? active) -> Tensor",
+    "pgd_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, float uniform_step_size, float uniform_eps,"
+    " Tensor? step_size, Tensor? eps, int norm, float clip_min, float clip_max, Tensor? active) -> ()",
+    "project(Tensor x_adv, Tensor x, float uniform_eps, Tensor? eps, int norm, float clip_min,"
     " float clip_max, Tensor? active) -> Tensor",
-    "pgd_step_NORM_(Tensor(a!) x_adv, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min,"
+    "project_(Tensor(a!) x_adv, Tensor x, float uniform_eps, Tensor? eps, int norm, float clip_min,"
     " float clip_max, Tensor? active) -> ()",
-    "project_NORM(Tensor x_adv, Tensor x, NUMBER eps, float clip_min, float clip_max, Tensor? active) -> "
-    "Tensor",
-    "project_NORM_(Tensor(a!) x_adv, Tensor x, NUMBER eps, float clip_min, float clip_max, Tensor? active) "
-    "-> ()",
-    "apgd_step_NORM_(Tensor(a!) x_adv, Tensor(b!) x_prev, Tensor x, Tensor grad, NUMBER step_size, NUMBER "
-    "eps,"
-    " float momentum, float clip_min, float clip_max, Tensor? keep, Tensor? active) -> ()",
-    "random_start_NORM(Tensor x, NUMBER eps, float clip_min, float clip_max, int first, Generator? "
-    "generator) "
-    "-> Tensor",
+    "apgd_step_(Tensor(a!) x_adv, Tensor(b!) x_prev, Tensor x, Tensor grad, float uniform_step_size,"
+    " float uniform_eps, Tensor? step_size, Tensor? eps, float momentum, int norm, float clip_min,"
+    " float clip_max, Tensor? keep, Tensor? active) -> ()",
+    "random_start(Tensor x, float uniform_eps, Tensor? eps, int norm, float clip_min, float clip_max,"
+    " int first, Generator? generator) -> Tensor",
+    "fast_bat_step(Tensor z, Tensor x, Tensor grad, float uniform_step_size, float uniform_eps,"
+    " Tensor? step_size, Tensor? eps, float clip_min, float clip_max) -> (Tensor delta, Tensor free)",
 };
-constexpr const char* kFastBat =
-    "fast_bat_step(Tensor z, Tensor x, Tensor grad, NUMBER step_size, NUMBER eps, float clip_min, float "
-    "clip_max)"
-    " -> (Tensor delta, Tensor free)";
 
 // Masks are words, int64 [rows, ⌈cols / 64⌉]; a stream is (start, column, block, words), see sparse/stream.h,
 // and the products also carry that of the transposed mask, for their derivatives: none where no derivative is
@@ -136,12 +132,6 @@ constexpr const char* kVectors[] = {
     "cg_update_(Tensor(a!)[] x, Tensor(b!)[] r, Tensor[] p, Tensor[] ap, Tensor alpha) -> Tensor",
 };
 
-std::string replaced(std::string text, const std::string& word, const std::string& by) {
-  for (size_t at = text.find(word); at != std::string::npos; at = text.find(word))
-    text.replace(at, word.size(), by);
-  return text;
-}
-
 // Torch turns signs lazily (Tensor.is_neg). Its own way with ops that know nothing of it takes an in-place
 // op's result from the stack, where ours leave none, and corrupts a reference count. So those have this.
 void resolve_negative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -220,22 +210,10 @@ void define(torch::Library& m, const std::string& schema, Derivatives derivative
                                        torch::CppFunction::makeFromBoxedFunction<&resolve_negative>()));
 }
 
-// NUMBER as float, and as the overload per_sample.
-void define_both(torch::Library& m, const std::string& schema) {
-  define(m, replaced(schema, "NUMBER", "float"), Derivatives::none);
-  const size_t name_end = schema.find('(');
-  define(m,
-         schema.substr(0, name_end) + ".per_sample" + replaced(schema.substr(name_end), "NUMBER", "Tensor"),
-         Derivatives::none);
-}
-
 }  // namespace
 
 TORCH_LIBRARY(blokern, m) {
-  for (const char* schema : kAttack) {
-    for (const char* norm : {"linf", "l2", "l1"}) define_both(m, replaced(schema, "NORM", norm));
-  }
-  define_both(m, kFastBat);
+  for (const char* schema : kAttack) define(m, schema, Derivatives::none);
   for (const char* schema : kMasks) define(m, schema, Derivatives::python);
   for (const char* schema : kProducts) define(m, schema, Derivatives::python);
   for (const char* schema : kPacked) define(m, schema, Derivatives::none);

@@ -103,7 +103,7 @@ if torch.version.cuda is None:  # else the package has done so
 key, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(1, 2)
 for op, arguments in (
     (torch.ops.blokern.mask_words.default, (x > 0,)),
-    (torch.ops.blokern.pgd_step_linf.per_sample, (x, x, x, x[0, :1].double(), x[0, :1].double(), 0.0, 1.0, None)),
+    (torch.ops.blokern.pgd_step.default, (x, x, x, 0.1, 0.1, None, None, 0, 0.0, 1.0, None)),
 ):
     try:
         op.redispatch(key, *arguments)

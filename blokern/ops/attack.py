@@ -29,7 +29,8 @@ from blokern.ops.types import Norm, PerSample
 
 __all__ = ["apgd_step_", "fast_bat_step", "pgd_step", "pgd_step_", "project", "project_", "random_start"]
 
-_NORMS = ("linf", "l2", "l1")
+#: As the native ops have them: p, or 0 for infinity.
+_NORMS = {"linf": 0, "l2": 2, "l1": 1}
 
 
 def pgd_step(
@@ -57,9 +58,9 @@ def pgd_step(
     >>> pgd_step(x, x, grad, 0.2, 0.1)
     tensor([[0.6000, 1.0000]])
     """
-    step_size, eps = _sizes(x_adv, step_size, eps)
-    args = (x_adv, x, grad, step_size, eps, clip_min, clip_max, active)
-    return cast(Tensor, _call("pgd_step", norm, "", args))
+    step, radius, steps, radii = _sizes(x_adv, step_size, eps)
+    args = (x_adv, x, grad, step, radius, steps, radii, _code(norm), clip_min, clip_max, active)
+    return cast(Tensor, _call("pgd_step", args))
 
 
 def pgd_step_(
@@ -82,8 +83,8 @@ def pgd_step_(
     >>> pgd_step_(x_adv, x, torch.tensor([[3.0, 4.0]]), 1.0, 0.1, norm="l2")
     tensor([[0.5600, 0.5800]])
     """
-    step_size, eps = _sizes(x_adv, step_size, eps)
-    _call("pgd_step", norm, "_", (x_adv, x, grad, step_size, eps, clip_min, clip_max, active))
+    step, radius, steps, radii = _sizes(x_adv, step_size, eps)
+    _call("pgd_step_", (x_adv, x, grad, step, radius, steps, radii, _code(norm), clip_min, clip_max, active))
     return x_adv
 
 
@@ -106,8 +107,8 @@ def project(
     >>> project(torch.tensor([[0.9, 0.5]]), torch.tensor([[0.5, 0.5]]), 0.1, norm="l1")
     tensor([[0.6000, 0.5000]])
     """
-    (eps,) = _sizes(x_adv, eps)
-    return cast(Tensor, _call("project", norm, "", (x_adv, x, eps, clip_min, clip_max, active)))
+    radius, radii = _radius(x_adv, eps)
+    return cast(Tensor, _call("project", (x_adv, x, radius, radii, _code(norm), clip_min, clip_max, active)))
 
 
 def project_(
@@ -125,8 +126,8 @@ def project_(
     >>> project_(torch.tensor([[0.9, 0.5]]), torch.tensor([[0.5, 0.5]]), 0.1)
     tensor([[0.6000, 0.5000]])
     """
-    (eps,) = _sizes(x_adv, eps)
-    _call("project", norm, "_", (x_adv, x, eps, clip_min, clip_max, active))
+    radius, radii = _radius(x_adv, eps)
+    _call("project_", (x_adv, x, radius, radii, _code(norm), clip_min, clip_max, active))
     return x_adv
 
 
@@ -156,11 +157,26 @@ def apgd_step_(
     >>> apgd_step_(x_adv, x_prev, x, torch.tensor([[1.0, -1.0]]), 0.1, 0.2, momentum=1.0)
     tensor([[0.6000, 0.4000]])
     """
-    step_size, eps = _sizes(x_adv, step_size, eps)
+    step, radius, steps, radii = _sizes(x_adv, step_size, eps)
     if isinstance(keep, Integral):
         keep = torch.full((x_adv.shape[0],), int(keep), dtype=torch.int64, device=x_adv.device)
-    args = (x_adv, x_prev, x, grad, step_size, eps, momentum, clip_min, clip_max, keep, active)
-    _call("apgd_step", norm, "_", args)
+    args = (
+        x_adv,
+        x_prev,
+        x,
+        grad,
+        step,
+        radius,
+        steps,
+        radii,
+        momentum,
+        _code(norm),
+        clip_min,
+        clip_max,
+        keep,
+        active,
+    )
+    _call("apgd_step_", args)
     return x_adv
 
 
@@ -184,8 +200,10 @@ def random_start(
     >>> random_start(torch.zeros(2, 3), 0.1, generator=torch.Generator().manual_seed(0)).amax() <= 0.1
     tensor(True)
     """
-    (eps,) = _sizes(x, eps)
-    return cast(Tensor, _call("random_start", norm, "", (x, eps, clip_min, clip_max, first, generator)))
+    radius, radii = _radius(x, eps)
+    return cast(
+        Tensor, _call("random_start", (x, radius, radii, _code(norm), clip_min, clip_max, first, generator))
+    )
 
 
 def fast_bat_step(
@@ -210,28 +228,47 @@ def fast_bat_step(
     >>> fast_bat_step(z, x, torch.tensor([[-0.05, -1.0, -1.0]]), 1.0, 0.1)
     (tensor([[0.0500, 0.1000, 0.0000]]), tensor([[ True, False, False]]))
     """
-    step_size, eps = _sizes(z, step_size, eps)
-    args = (z, x, grad, step_size, eps, clip_min, clip_max)
-    return cast(tuple[Tensor, Tensor], _call("fast_bat_step", None, "", args))
+    step, radius, steps, radii = _sizes(z, step_size, eps)
+    args = (z, x, grad, step, radius, steps, radii, clip_min, clip_max)
+    return cast(tuple[Tensor, Tensor], _call("fast_bat_step", args))
 
 
 # The ops' arguments in order, and those that are not tensors.
+_SIZES = ("uniform_step_size", "uniform_eps", "step_size", "eps")
+_PGD_STEP = ("x_adv", "x", "grad", *_SIZES, "norm", "clip_min", "clip_max", "active")
+_PROJECT = ("x_adv", "x", "uniform_eps", "eps", "norm", "clip_min", "clip_max", "active")
 _ARGUMENTS = {
-    "pgd_step": ("x_adv", "x", "grad", "step_size", "eps", "clip_min", "clip_max", "active"),
-    "project": ("x_adv", "x", "eps", "clip_min", "clip_max", "active"),
-    "apgd_step": (
-        *("x_adv", "x_prev", "x", "grad", "step_size", "eps", "momentum", "clip_min", "clip_max"),
-        *("keep", "active"),
+    "pgd_step": _PGD_STEP,
+    "pgd_step_": _PGD_STEP,
+    "project": _PROJECT,
+    "project_": _PROJECT,
+    "apgd_step_": (
+        *(
+            "x_adv",
+            "x_prev",
+            "x",
+            "grad",
+            *_SIZES,
+            "momentum",
+            "norm",
+            "clip_min",
+            "clip_max",
+            "keep",
+            "active",
+        ),
     ),
-    "random_start": ("x", "eps", "clip_min", "clip_max", "first", "generator"),
-    "fast_bat_step": ("z", "x", "grad", "step_size", "eps", "clip_min", "clip_max"),
+    "random_start": ("x", "uniform_eps", "eps", "norm", "clip_min", "clip_max", "first", "generator"),
+    "fast_bat_step": ("z", "x", "grad", *_SIZES, "clip_min", "clip_max"),
 }
 #: Where a call's box stands.
 _BOX_AT = {name: arguments.index("clip_min") for name, arguments in _ARGUMENTS.items()}
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "step_size": ("a float or a Tensor", (Real, Tensor)),
-    "eps": ("a float or a Tensor", (Real, Tensor)),
+    "uniform_step_size": ("a float or a Tensor", (Real, Tensor)),
+    "uniform_eps": ("a float or a Tensor", (Real, Tensor)),
+    "step_size": ("a Tensor or None", (Tensor, type(None))),
+    "eps": ("a Tensor or None", (Tensor, type(None))),
     "momentum": ("a float", (Real,)),
+    "norm": ("an int", (int,)),
     "clip_min": ("a float", (Real,)),
     "clip_max": ("a float", (Real,)),
     "active": ("a Tensor or None", (Tensor, type(None))),
@@ -241,20 +278,21 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def _call(name: str, norm: Norm | None, suffix: str, args: tuple[Any, ...]) -> Any:
+def _code(norm: Norm) -> int:
+    try:
+        return _NORMS[norm]
+    except (KeyError, TypeError):
+        raise unknown_name("norm", norm, tuple(_NORMS)) from None
+
+
+def _call(name: str, args: tuple[Any, ...]) -> Any:
     """Runs an op: by torch's own handle where torch.compile is tracing, else by the cheaper direct call."""
-    if name == "fast_bat_step":
-        full_name = name
-    elif norm in _NORMS:
-        full_name = f"{name}_{norm}{suffix}"
-    else:
-        raise unknown_name("norm", norm, _NORMS)
     if isinstance(args[_BOX_AT[name]], Tensor) or isinstance(args[_BOX_AT[name] + 1], Tensor):
         _check_kinds(name, args)
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.blokern, full_name).per_sample(*args)
+        return getattr(torch.ops.blokern, name).default(*args)
     try:
-        return getattr(C, full_name)(*args)
+        return getattr(C, name)(*args)
     except (TypeError, NotImplementedError):
         # pybind11 lists signatures without names, and the dispatcher its backends: say which argument does not fit.
         _check_kinds(name, args)
@@ -267,6 +305,7 @@ def _check_kinds(name: str, args: tuple[Any, ...]) -> None:
         expected, kinds = _KINDS.get(argument, ("a Tensor", (Tensor,)))
         if not isinstance(value, kinds):
             hint = ": the box is the same for all channels" if argument.startswith("clip_") else ""
+            argument = argument.removeprefix("uniform_")
             raise TypeError(f"{argument} must be {expected}, got {type(value).__name__}{hint}") from None
         if isinstance(value, Tensor) and (
             value.layout != torch.strided or value.is_nested or value.is_quantized
@@ -276,29 +315,36 @@ def _check_kinds(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
-def _sizes(images: Tensor, *sizes: PerSample) -> tuple[Any, ...]:
-    """Sizes as the ops take them: floats where all are, else float64 tensors of shape [N].
+def _sizes(images: Tensor, step_size: PerSample, eps: PerSample) -> tuple[Any, Any, Any, Any]:
+    """Both as the ops take them: two floats, or two tensors where one of them is one."""
+    if isinstance(step_size, Tensor) or isinstance(eps, Tensor) or torch.compiler.is_compiling():
+        return 0.0, 0.0, _per_sample("step_size", step_size, images), _per_sample("eps", eps, images)
+    return step_size, eps, None, None
 
-    In a graph always tensors, and these products: a float that an op takes, torch.full too, is a constant of the
-    graph, and another value a reason to compile anew.
+
+def _radius(images: Tensor, eps: PerSample) -> tuple[Any, Any]:
+    if isinstance(eps, Tensor) or torch.compiler.is_compiling():
+        return 0.0, _per_sample("eps", eps, images)
+    return eps, None
+
+
+def _per_sample(name: str, size: PerSample, images: Tensor) -> Tensor | None:
+    """A size as a float64 tensor of shape [N].
+
+    In a graph, where it always is one, by these products: a float that an op takes, torch.full too, is a constant of
+    the graph, and another value a reason to compile anew.
     """
-    if not any(isinstance(size, Tensor) for size in sizes) and not torch.compiler.is_compiling():
-        return sizes
-
-    def per_sample(name: str, size: PerSample) -> Tensor:
-        if isinstance(size, float | int):
-            return images.new_ones(images.shape[:1], dtype=torch.float64) * size
-        if isinstance(size, Real):  # NumPy's
-            return images.new_full(images.shape[:1], float(size), dtype=torch.float64)
-        if not isinstance(size, Tensor):
-            raise TypeError(f"{name} must be a float or a Tensor, got {type(size).__name__}")
-        if size.dtype == torch.bool or size.is_complex():
-            raise TypeError(f"{name} must be a Tensor of real numbers, got {size.dtype}")
-        return (size.expand(images.shape[:1]) if size.dim() == 0 else size).to(torch.float64)
-
     if not isinstance(images, Tensor):
-        return sizes  # as the op says
-    return tuple(map(per_sample, ("step_size", "eps")[-len(sizes) :], sizes))
+        return None  # the op refuses them
+    if isinstance(size, float | int):
+        return images.new_ones(images.shape[:1], dtype=torch.float64) * size
+    if isinstance(size, Real):  # NumPy's
+        return images.new_full(images.shape[:1], float(size), dtype=torch.float64)
+    if not isinstance(size, Tensor):
+        raise TypeError(f"{name} must be a float or a Tensor, got {type(size).__name__}")
+    if size.dtype == torch.bool or size.is_complex():
+        raise TypeError(f"{name} must be a Tensor of real numbers, got {size.dtype}")
+    return (size.expand(images.shape[:1]) if size.dim() == 0 else size).to(torch.float64)
 
 
 def _register_fakes() -> None:
@@ -313,13 +359,17 @@ def _register_fakes() -> None:
     def delta_and_free(z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return torch.empty_like(z), torch.empty_like(z, dtype=torch.bool)
 
-    fakes: dict[str, Any] = {"fast_bat_step": delta_and_free}
-    for norm in _NORMS:
-        fakes |= {f"{op}_{norm}": like_first for op in ("pgd_step", "project", "random_start")}
-        fakes |= {f"{op}_{norm}_": nothing for op in ("pgd_step", "project", "apgd_step")}
+    fakes: dict[str, Any] = {
+        "pgd_step": like_first,
+        "pgd_step_": nothing,
+        "project": like_first,
+        "project_": nothing,
+        "apgd_step_": nothing,
+        "random_start": like_first,
+        "fast_bat_step": delta_and_free,
+    }
     for name, fake in fakes.items():
-        for overload in ("", ".per_sample"):
-            torch.library.register_fake(f"blokern::{name}{overload}", fake)
+        torch.library.register_fake(f"blokern::{name}", fake)
 
 
 def _register_vmaps() -> None:
@@ -341,11 +391,9 @@ def _register_vmaps() -> None:
 
         return batched
 
-    names = ["fast_bat_step", *(f"{op}_{norm}" for op in ("pgd_step", "project") for norm in _NORMS)]
-    for name in names:
-        for overload in ("default", "per_sample"):
-            op = getattr(getattr(torch.ops.blokern, name), overload)
-            torch.library.register_vmap(op, rule(op))
+    for name in ("pgd_step", "project", "fast_bat_step"):
+        op = getattr(torch.ops.blokern, name).default
+        torch.library.register_vmap(op, rule(op))
 
 
 _register_fakes()

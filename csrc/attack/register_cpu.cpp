@@ -2,7 +2,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
-#include "attack/register_ops.h"
+#include "attack/register.h"
 
 namespace blokern {
 namespace {
@@ -35,6 +35,6 @@ struct Cpu {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blokern, CPU, m) { attack_ops::implement_all<Cpu>(m); }
+TORCH_LIBRARY_IMPL(blokern, CPU, m) { attack_ops::implement<Cpu>(m); }
 
 }  // namespace blokern

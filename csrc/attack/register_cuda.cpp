@@ -4,7 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 
-#include "attack/register_ops.h"
+#include "attack/register.h"
 #include "cuda_call.h"
 
 namespace blokern {
@@ -46,6 +46,6 @@ struct Cuda {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blokern, CUDA, m) { attack_ops::implement_all<Cuda>(m); }
+TORCH_LIBRARY_IMPL(blokern, CUDA, m) { attack_ops::implement<Cuda>(m); }
 
 }  // namespace blokern

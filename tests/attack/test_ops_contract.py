@@ -19,40 +19,45 @@ OPS = ("pgd_step", "pgd_step_", "project", "project_", "apgd_step_")
 ALL = [*itertools.product(OPS, NORMS), ("fast_bat_step", "linf")]
 
 
-def _overload_args(op: str, per_sample: bool) -> tuple[object, ...]:
+SCHEMAS = ("pgd_step", "pgd_step_", "project", "project_", "apgd_step_", "random_start", "fast_bat_step")
+
+
+def _native_args(op: str, norm: int, per_sample: bool) -> tuple[object, ...]:
     x_adv, x, grad = images((3, 2, 5))
-    size = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) if per_sample else 0.1
+    each = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) if per_sample else None
+    sizes = 0.1, 0.2, each, each
     active = torch.tensor([True, False, True])
     return {
-        "pgd_step": (x_adv, x, grad, size, size, 0.0, 1.0, active),
-        "project": (x_adv, x, size, 0.0, 1.0, None),
-        "apgd_step": (x_adv, x.clone(), x, grad, size, size, 0.75, 0.0, 1.0, None, active),
-        "random_start": (x, size, 0.0, 1.0, 2, None),
-        "fast_bat_step": (x_adv - x, x, grad, size, size, 0.0, 1.0),
-    }[op]
+        "pgd_step": (x_adv, x, grad, *sizes, norm, 0.0, 1.0, active),
+        "project": (x_adv, x, 0.1, each, norm, 0.0, 1.0, None),
+        "apgd_step": (x_adv, x.clone(), x, grad, *sizes, 0.75, norm, 0.0, 1.0, None, active),
+        "random_start": (x, 0.1, each, norm, 0.0, 1.0, 2, None),
+        "fast_bat_step": (x_adv - x, x, grad, *sizes, 0.0, 1.0),
+    }[op.removesuffix("_")]
 
 
-SCHEMAS = [
-    *(f"{op}_{norm}{tail}" for op in ("pgd_step", "project") for norm in NORMS for tail in ("", "_")),
-    *(f"apgd_step_{norm}_" for norm in NORMS),
-    *(f"random_start_{norm}" for norm in NORMS),
-    "fast_bat_step",
-]
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-@pytest.mark.parametrize("overload", ["default", "per_sample"])
-def test_opcheck(schema: str, overload: str) -> None:
-    stem = next(
-        s
-        for s in ("apgd_step", "pgd_step", "project", "random_start", "fast_bat_step")
-        if schema.startswith(s)
-    )
+@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("norm", [0, 1, 2])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_opcheck(op: str, norm: int, per_sample: bool) -> None:
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if stem != "random_start":  # a new draw each call has nothing to compare itself with
+    if op != "random_start":  # a new draw each call has nothing to compare itself with
         tests.append("test_aot_dispatch_dynamic")
-    op = getattr(getattr(torch.ops.blokern, schema), overload)
-    opcheck(op, _overload_args(stem, overload == "per_sample"), test_utils=tests)
+    opcheck(getattr(torch.ops.blokern, op).default, _native_args(op, norm, per_sample), test_utils=tests)
+
+
+def test_a_norm_that_is_none_is_refused_natively() -> None:
+    for op in SCHEMAS[:-1]:
+        with pytest.raises(ValueError, match="norm must be 0"):
+            getattr(torch.ops.blokern, op)(*_native_args(op, 3, per_sample=False))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_calls_under_fake_tensors(norm: str) -> None:
+    with torch._subclasses.FakeTensorMode():
+        x = torch.rand(3, 2, 5)
+        assert ops.pgd_step(x, x, x, 0.1, 0.2, norm=norm).shape == x.shape
+        ops.project_(x, x.clone(), 0.1, norm=norm)
 
 
 def test_every_schema_is_checked_here() -> None:
