@@ -85,9 +85,9 @@ constexpr const char* kSteps[] = {
     " float lr, float momentum, float weight_decay) -> ()",
 };
 
-// Batch normalisation's derivatives; statistics and γ are [C]. Tangents, or the adjoint alone, may be stacks
-// of vectors, and results then are; gate: the output of a ReLU that follows; weight_bar and bias_bar are
-// float64.
+// Batch normalisation's derivatives; statistics and γ are [C]. Tangents, or the adjoint alone, may be
+// stacks of vectors, and results then are; gate: the output of a ReLU that follows; weight_bar and
+// bias_bar are float64.
 #define ACTIVATION "Tensor grad, Tensor grad_dot, Tensor saved, Tensor x_dot, bool adjoint"
 #define STATISTICS "Tensor mean, Tensor rstd, Tensor? weight"
 constexpr const char* kCurvature[] = {

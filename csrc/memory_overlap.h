@@ -1,6 +1,6 @@
-// Which memory strided tensors take. Torch's own at::get_overlap_status leaves it open ("too hard") for all
-// that is not dense, as every slice of columns is, and looks at storages, of which one numpy array may have
-// several.
+// Which memory strided tensors take. Torch's own at::get_overlap_status leaves it open ("too hard") for
+// all that is not dense, as every slice of columns is, and looks at storages, of which one numpy array
+// may have several.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,7 @@
 // apgd_step: one step of Auto-PGD with momentum m (Croce & Hein, ICML 2020):
 //   z = P(x_adv + step_size · direction);   x_adv ← P(x_adv + m (z − x_adv) + (1 − m)(x_adv − x_prev)).
-// For L1 the direction is the signs of a sample's largest |grad|, over their number (Croce & Hein, ICML
-// 2021).
+// For L1 the direction is the signs of a sample's largest |grad|, over their number (Croce &
+// Hein, ICML 2021).
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ BLOKERN_INLINE V followed_sign(V grad, V threshold) {
   return where(less(absolute(grad), threshold), V(0), sign(grad));
 }
 
-// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere it counts
-// samples.
+// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere
+// it counts samples.
 template <class T, class G>
 void apgd_step_linf(const ApgdStep<T, G>& p, int64_t begin, int64_t end);
 template <class T, class G>

@@ -13,8 +13,8 @@ namespace blokern {
 
 class Arrangement {
  public:
-  // flat: the op treats all elements alike, so that the whole batch may be walked as one sample of any dense
-  // layout.
+  // flat: the op treats all elements alike, so that the whole batch may be walked as one sample of
+  // any dense layout.
   Arrangement(const at::Tensor& out, bool flat)
       : flat_(flat && out.is_non_overlapping_and_dense()),
         strides_(flat_ || has_dense_samples(out) ? out.strides().vec() : contiguous_strides(out)),

@@ -1,6 +1,6 @@
-// fast_bat_step: δ* = P_C(z − step_size · grad), C = {‖δ‖∞ ≤ eps, clip_min ≤ x + δ ≤ clip_max}, and H_C's
-// diagonal: true where neither constraint is active, decided on the unclamped value (Zhang et al., ICML
-// 2022).
+// fast_bat_step: δ* = P_C(z − step_size · grad), C = {‖δ‖∞ ≤ eps, clip_min ≤ x + δ ≤ clip_max}, and
+// H_C's diagonal: true where neither constraint is active, decided on the unclamped value (Zhang et
+// al., ICML 2022).
 #pragma once
 
 #include <cstdint>

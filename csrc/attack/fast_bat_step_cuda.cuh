@@ -1,6 +1,6 @@
-// fast_bat_step on CUDA. Threads: a thread four packs, a pack the 128 bits of neighbouring elements, on the
-// boundaries of `delta`. No shared memory. The CPU's bits. Three tensors are read, one and a byte an element
-// written.
+// fast_bat_step on CUDA. Threads: a thread four packs, a pack the 128 bits of neighbouring elements, on
+// the boundaries of `delta`. No shared memory. The CPU's bits. Three tensors are read, one and a byte
+// an element written.
 #pragma once
 
 #include "attack/fast_bat_step.h"

@@ -41,8 +41,8 @@ BLOKERN_INLINE L2Step l2_step(double gg, double dd, double dg, double step_size)
   return {scale, squared, is_safe_norm<A>(gg) && !(squared < 0.01 * (dd + scale * scale * gg))};
 }
 
-// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere it counts
-// samples.
+// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere
+// it counts samples.
 template <class T, class G>
 void pgd_step_linf(const PgdStep<T, G>& p, int64_t begin, int64_t end);
 template <class T, class G>

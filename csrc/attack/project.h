@@ -20,8 +20,8 @@ struct Project {
   Box clip;
 };
 
-// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere it counts
-// samples.
+// CPU kernels. L∞ is elementwise: [begin, end) counts elements of the whole batch; elsewhere
+// it counts samples.
 template <class T>
 void project_linf(const Project<T>& p, int64_t begin, int64_t end);
 template <class T>

@@ -75,8 +75,8 @@ void random_start_linf(const RandomStart<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// A Gaussian's direction (Box-Muller: a pair of words, a pair of values) and a uniform point's radius,
-// u^(1/size).
+// A Gaussian's direction (Box-Muller: a pair of words, a pair of values) and a uniform
+// point's radius, u^(1/size).
 template <class T>
 void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end) {
   using A = Accum<T>;
@@ -98,8 +98,8 @@ void random_start_l2(const RandomStart<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// size + 1 exponentials over their sum are uniform on the simplex; the last is the slack, the lowest bit the
-// sign.
+// size + 1 exponentials over their sum are uniform on the simplex; the last is the slack, the lowest
+// bit the sign.
 template <class T>
 void random_start_l1(const RandomStart<T>& p, int64_t begin, int64_t end) {
   using A = Accum<T>;

@@ -90,8 +90,8 @@ struct PlanesRow {
 // ---- Channels inner
 
 constexpr int kStripPacks = 8, kStripRows = kTeamThreads / kStripPacks;
-// Elements of a column's pack: more would need more than 128 registers, for each has sums and factors of its
-// own.
+// Elements of a column's pack: more would need more than 128 registers, for each has sums and factors
+// of its own.
 template <class T>
 constexpr int kColumnPack = kPackSize<T> < 4 ? kPackSize<T> : 4;
 constexpr int kSumRows = 128;  // that a thread adds up before its sums become double

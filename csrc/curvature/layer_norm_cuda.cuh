@@ -85,8 +85,8 @@ struct LayerNormTangentRow {
   }
 };
 
-// A team has every (blocks · kinds)-th row, all of one kind, and a place of its own for the weights'
-// adjoints.
+// A team has every (blocks · kinds)-th row, all of one kind, and a place of its own for
+// the weights' adjoints.
 struct LayerNormAdjointTangentRow {
   static constexpr int kSlots = 7;
 

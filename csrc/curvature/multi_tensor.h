@@ -1,7 +1,7 @@
-// Inner products and updates of vectors that are lists of tensors, for iterations that solve by products:
-// dot, axpby, and the update of conjugate gradients. A tensor is a stack of columns, one dense behind
-// another. Coefficients, one a column, are read where they lie, in a device's memory: no iteration waits for
-// one.
+// Inner products and updates of vectors that are lists of tensors, for iterations that solve by
+// products: dot, axpby, and the update of conjugate gradients. A tensor is a stack of columns, one dense
+// behind another. Coefficients, one a column, are read where they lie, in a device's memory: no
+// iteration waits for one.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ BLOKERN_INLINE V axpby_formula(V y, V x, V a, V b) {
   return a * x + b * y;
 }
 
-// x ← x + α p and r ← r − α A p, for the sum of r². An α of 0 leaves both, whatever p and A p are. p may be
-// r.
+// x ← x + α p and r ← r − α A p, for the sum of r². An α of 0 leaves both, whatever p and A p are. p
+// may be r.
 template <class T>
 struct CgUpdate {
   T* x;
@@ -53,9 +53,9 @@ BLOKERN_INLINE CgStep<V> cg_update_formula(V x, V r, V p, V ap, V alpha) {
   return {x + alpha * p, r - alpha * ap};
 }
 
-// CPU kernels, for the tensor's elements [begin, end), which are of one column; the sums are of these alone.
-// Columns are worked on in blocks of this many elements, each summed by itself: sums do not depend on
-// threads.
+// CPU kernels, for the tensor's elements [begin, end), which are of one column; the sums are of these
+// alone. Columns are worked on in blocks of this many elements, each summed by itself: sums do not
+// depend on threads.
 constexpr int64_t kMultiTensorBlock = 16384;
 template <class T>
 double dot(const Dot<T>& p, int64_t column, int64_t begin, int64_t end);

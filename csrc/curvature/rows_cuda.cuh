@@ -1,5 +1,5 @@
-// How the curvature family's CUDA kernels are launched over rows: a warp a short row, a team of blocks a long
-// one.
+// How the curvature family's CUDA kernels are launched over rows: a warp a short row, a team of blocks
+// a long one.
 #pragma once
 
 #include <cstdint>

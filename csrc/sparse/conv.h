@@ -68,9 +68,9 @@ template <class T>
 void convolve(const Images<const T>& x, const Tiling& tiling, std::span<const Piece<T>> pieces, const T* bias,
               const Images<T>& y, int64_t samples, int64_t begin, int64_t end);
 
-// The derivative by the weight in one part, for rows [begin, end): values[i] ← or, with `add`, + the inner
-// product of the output's gradient, packed as grad [rows][grad_tiling's plane][lanes], with the i-th entry's
-// input.
+// The derivative by the weight in one part, for rows [begin, end): values[i] ← or, with `add`, + the
+// inner product of the output's gradient, packed as grad [rows][grad_tiling's plane][lanes], with the
+// i-th entry's input.
 template <class A>
 void convolve_weight(const Stream& stream, const A* grad, const Tiling& grad_tiling, const A* tile,
                      const Tiling& tiling, int64_t step, const Part& part, A* values, bool add, int64_t begin,

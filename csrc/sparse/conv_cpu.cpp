@@ -28,8 +28,8 @@ void with_vectors(const Part& part, Body&& body) {
     body.template operator()<kNarrowLanes<A> / Vector<A>::size>();
 }
 
-// Pixels of a part whose lanes are all in use, samples innermost on both sides; `from_pixel` and `to_pixel`
-// apart.
+// Pixels of a part whose lanes are all in use, samples innermost on both sides; `from_pixel`
+// and `to_pixel` apart.
 template <class A, int kVectors, bool kPastCache = false, class From, class To>
 BLOKERN_INLINE void copy_pixels(const From* from, int64_t from_pixel, To* to, int64_t to_pixel,
                                 int64_t pixels) {

@@ -39,8 +39,8 @@ struct SkinnySpmm {
 template <class T>
 void skinny_spmm(const SkinnySpmm<T>& p, const CudaCall& call);
 
-// Y = W X + bias by the entries of a stream, of float64 or float32; X [cols, samples] and Y [rows, samples]
-// row-major.
+// Y = W X + bias by the entries of a stream, of float64 or float32; X [cols, samples] and Y
+// [rows, samples] row-major.
 template <class T>
 struct StreamSpmm {
   Stream stream;

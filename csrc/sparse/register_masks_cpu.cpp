@@ -29,8 +29,8 @@ struct CpuMasks : Cpu {
   }
 };
 
-// What a mask's bits are known by. Any single word that differs changes it; two contents agree by chance
-// alone.
+// What a mask's bits are known by. Any single word that differs changes it; two contents agree
+// by chance alone.
 uint64_t hash(const uint64_t* words, int64_t size) {
   constexpr int kLanes = 8;
   constexpr uint64_t kPrime = 0x9e3779b185ebca87ull;  // xxHash's first

@@ -1,5 +1,5 @@
-// The sparse family's steps over a list of layers on CUDA tensors, many layers a launch. Arithmetic:
-// pruning_cuda.cuh.
+// The sparse family's steps over a list of layers on CUDA tensors, many layers a
+// launch. Arithmetic: pruning_cuda.cuh.
 #include <span>
 
 #include "sparse/register_pruning.h"

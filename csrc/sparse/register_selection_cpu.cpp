@@ -1,5 +1,5 @@
-// The sparse family's selections on CPU tensors: passes and threads. Arithmetic: topk_mask_cpu.cpp,
-// nm_mask_cpu.cpp.
+// The sparse family's selections on CPU tensors: passes and threads. Arithmetic:
+// topk_mask_cpu.cpp, nm_mask_cpu.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/isnan.h>
 

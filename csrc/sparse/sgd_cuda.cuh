@@ -34,8 +34,8 @@ struct SgdList {
   BlockRanges<kSgdLayers> blocks;
 };
 
-// gradient(value, weight, grad, kept) of one entry; Gradient::kReadsWeight and kReadsMask say what it looks
-// at.
+// gradient(value, weight, grad, kept) of one entry; Gradient::kReadsWeight and kReadsMask say what
+// it looks at.
 template <class T, class Gradient>
 __global__ void __launch_bounds__(kTeamThreads) descend(SgdList<T> list, SgdRates rates, Gradient gradient) {
   constexpr int pack = kPackSize<T>;

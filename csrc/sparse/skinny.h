@@ -19,8 +19,8 @@ inline bool is_skinny(int64_t kept, int64_t rows, int64_t cols, int64_t samples)
   return samples <= kSkinnySamples && density >= 0.03 && static_cast<double>(samples) <= 100 * density;
 }
 
-// A matrix of which rows [samples] follow one another at this distance, a multiple of 64, zeros beyond their
-// ends.
+// A matrix of which rows [samples] follow one another at this distance, a multiple of 64, zeros
+// beyond their ends.
 template <class A>
 struct SkinnyRows {
   A* data;

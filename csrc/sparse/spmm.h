@@ -26,9 +26,9 @@ template <class T>
 void gather_values(const Stream& stream, const Matrix<const T>& weight, Accum<T>* values, int64_t begin,
                    int64_t end);
 
-// The same for a matrix whose columns are contiguous, the transpose of one with stream `other`: its rows are
-// read one after the other, so that every cache line of the weight comes once. For blocks [begin, end) of the
-// stream.
+// The same for a matrix whose columns are contiguous, the transpose of one with stream `other`: its rows
+// are read one after the other, so that every cache line of the weight comes once. For blocks [begin, end)
+// of the stream.
 template <class T>
 void gather_transposed(const Stream& stream, const Stream& other, const Matrix<const T>& weight,
                        Accum<T>* values, int64_t begin, int64_t end);

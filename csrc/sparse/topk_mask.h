@@ -38,8 +38,8 @@ struct Digit {
 template <class K, class T>
 void count_digits(const T* scores, int64_t size, const Digit<K>& digit, int64_t* counts);
 
-// mask ← which keys are above the threshold, or among the first `ties` that equal it; returns what is left of
-// `ties`.
+// mask ← which keys are above the threshold, or among the first `ties` that equal it; returns what is
+// left of `ties`.
 template <class K, class T>
 int64_t mask_largest(const T* scores, int64_t size, K threshold, int64_t ties, bool* mask);
 

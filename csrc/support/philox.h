@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011): counters in, random words out, no state. The same words on every
-// device.
+// Philox4x32-10 (Salmon et al., SC 2011): counters in, random words out, no state. The same words
+// on every device.
 #pragma once
 
 #include <cstdint>

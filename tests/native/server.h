@@ -42,8 +42,8 @@ struct Free {
   void operator()(char* bytes) const { std::free(bytes); }
 };
 
-// Addresses of which only those that are touched have memory, zeros at first; nothing can be read or written
-// beyond.
+// Addresses of which only those that are touched have memory, zeros at first; nothing can be read
+// or written beyond.
 class Range {
  public:
   explicit Range(size_t bytes) : size_((bytes + kPage - 1) / kPage * kPage) {

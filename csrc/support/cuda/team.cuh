@@ -64,8 +64,8 @@ BLOKERN_DEVICE Sums<K> over_warp(Sums<K> value, Merge merge) {
   return value;
 }
 
-// What every team can do with its walk of a row, whoever its threads are: Self::reduce(value, merge) merges
-// theirs.
+// What every team can do with its walk of a row, whoever its threads are: Self::reduce(value,
+// merge) merges theirs.
 template <class Self>
 class Summing {
  public:
