@@ -78,6 +78,7 @@ def test_kernels_know_no_torch() -> None:
         "arrange.h",
         "stacks.h",
         "dispatch.h",
+        "threads.h",
     }
     torch_side |= {"torch_ops.h", "torch_cpu.h", "torch_cuda.h", "cuda_call.h"}
     for path in (ROOT / "csrc").rglob("*.*"):

@@ -1,13 +1,11 @@
 // The attack ops on CPU tensors: torch's threads and generator. Arithmetic: <op>_cpu.cpp.
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 
 #include "attack/register.h"
+#include "threads.h"
 
 namespace blokern {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
 
 struct Cpu {
   static constexpr bool readable = true;
@@ -21,7 +19,7 @@ struct Cpu {
   template <class P, class Kernel>
   static void samples(const at::Tensor& /*like*/, const P& p, Kernel kernel) {
     if (p.batch.size == 0) return;
-    at::parallel_for(0, p.batch.samples, std::max<int64_t>(1, kGrain / p.batch.size),
+    at::parallel_for(0, p.batch.samples, grain(p.batch.size),
                      [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 

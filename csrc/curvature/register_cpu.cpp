@@ -3,11 +3,8 @@
 
 #include <numeric>
 
-#include "curvature/register_activation.h"
-#include "curvature/register_batch_norm.h"
-#include "curvature/register_layer_norm.h"
-#include "curvature/register_losses.h"
-#include "curvature/torch_cpu.h"
+#include "curvature/register.h"
+#include "threads.h"
 
 namespace blokern {
 namespace {
@@ -50,11 +47,6 @@ struct Cpu {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blokern, CPU, m) {
-  losses_ops::implement<Cpu>(m);
-  activation_ops::implement<Cpu>(m);
-  batch_norm_ops::implement<Cpu>(m);
-  layer_norm_ops::implement<Cpu>(m);
-}
+TORCH_LIBRARY_IMPL(blokern, CPU, m) { implement<Cpu>(m); }
 
 }  // namespace blokern

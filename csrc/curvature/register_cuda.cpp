@@ -3,10 +3,7 @@
 #include <ATen/ops/sum.h>
 
 #include "cuda_call.h"
-#include "curvature/register_activation.h"
-#include "curvature/register_batch_norm.h"
-#include "curvature/register_layer_norm.h"
-#include "curvature/register_losses.h"
+#include "curvature/register.h"
 
 namespace blokern {
 namespace {
@@ -40,11 +37,6 @@ struct Cuda {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blokern, CUDA, m) {
-  losses_ops::implement<Cuda>(m);
-  activation_ops::implement<Cuda>(m);
-  batch_norm_ops::implement<Cuda>(m);
-  layer_norm_ops::implement<Cuda>(m);
-}
+TORCH_LIBRARY_IMPL(blokern, CUDA, m) { implement<Cuda>(m); }
 
 }  // namespace blokern

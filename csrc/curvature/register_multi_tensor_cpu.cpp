@@ -1,11 +1,10 @@
 // Products and updates of lists of tensors on the CPU: threads. Arithmetic: multi_tensor_cpu.cpp.
-#include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
-#include "curvature/register_multi_tensor.h"
-#include "curvature/torch_cpu.h"
+#include "curvature/multi_tensor_host.h"
+#include "threads.h"
 
 namespace blokern {
 namespace {

@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "cuda_call.h"
-#include "curvature/register_multi_tensor.h"
+#include "curvature/multi_tensor_host.h"
 
 namespace blokern {
 namespace {

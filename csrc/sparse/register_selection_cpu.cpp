@@ -1,20 +1,18 @@
 // The sparse family's selections on CPU tensors: passes and threads. Arithmetic:
 // topk_mask_cpu.cpp, nm_mask_cpu.cpp.
-#include <ATen/Parallel.h>
 #include <ATen/ops/isnan.h>
 
 #include <algorithm>
 #include <atomic>
 
 #include "sparse/register_selection.h"
+#include "threads.h"
 
 namespace blokern {
 namespace {
 
 using at::Tensor;
 using selection_ops::Layer;
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
 
 void check_no_nan(const Tensor& scores, const std::string& name) {
   const auto nans = at::isnan(scores).sum().item<int64_t>();
@@ -125,7 +123,7 @@ struct CpuSelection {
   template <class T>
   static void nm_mask(const NmMask<T>& p, const Tensor& scores) {
     std::atomic<bool> any_nan = false;
-    at::parallel_for(0, p.groups, std::max<int64_t>(1, kGrain / p.m), [&](int64_t b, int64_t e) {
+    at::parallel_for(0, p.groups, grain(p.m), [&](int64_t b, int64_t e) {
       if (blokern::nm_mask(p, b, e)) any_nan = true;
     });
     if (any_nan) check_no_nan(scores, "scores");

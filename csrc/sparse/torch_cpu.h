@@ -1,7 +1,6 @@
 // The sparse ops on CPU tensors: how their work is shared among threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -11,14 +10,9 @@
 #include "sparse/stream.h"
 #include "sparse/torch_ops.h"
 #include "support/scratch.h"
+#include "threads.h"
 
 namespace blokern {
-
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread's wake-up
-
-inline int64_t grain(int64_t elements_a_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_a_row));
-}
 
 struct Cpu {
   template <class Kernel>

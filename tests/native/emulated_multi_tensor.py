@@ -1,5 +1,5 @@
 """The ops on lists of tensors on emulated CUDA kernels: a stand-in for :mod:`blokern.ops` in the tests of that module.
-Arranges tensors as csrc/curvature/register_multi_tensor.h and register_multi_tensor_cuda.cpp do."""
+Arranges tensors as csrc/curvature/multi_tensor_host.h and register_multi_tensor_cuda.cpp do."""
 
 from __future__ import annotations
 

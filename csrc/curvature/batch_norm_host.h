@@ -206,11 +206,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_adjoint_tangent(
   return {x_bar, x_bar_dot, weight_bar, bias_bar};
 }
 
-template <class Device>
-void implement(torch::Library& m) {
-  m.impl("batch_norm_tangent", batch_norm_tangent<Device>);
-  m.impl("batch_norm_adjoint", batch_norm_adjoint<Device>);
-  m.impl("batch_norm_adjoint_tangent", batch_norm_adjoint_tangent<Device>);
-}
-
 }  // namespace blokern::batch_norm_ops

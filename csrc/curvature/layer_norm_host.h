@@ -151,10 +151,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_adjoint_tangent(
   return {x_bar, x_bar_dot, total(weight_bars), total(bias_bars)};
 }
 
-template <class Device>
-void implement(torch::Library& m) {
-  m.impl("layer_norm_tangent", layer_norm_tangent<Device>);
-  m.impl("layer_norm_adjoint_tangent", layer_norm_adjoint_tangent<Device>);
-}
-
 }  // namespace blokern::layer_norm_ops

@@ -78,15 +78,4 @@ Call elu(OPERANDS, double alpha, double scale, double input_scale) {
 #undef GIVEN
 #undef OPERANDS
 
-template <class Device>
-void implement(torch::Library& m) {
-  m.impl("tanh_adjoint_tangent", plain<Device, Tanh>);
-  m.impl("sigmoid_adjoint_tangent", plain<Device, Sigmoid>);
-  m.impl("silu_adjoint_tangent", plain<Device, Silu>);
-  m.impl("gelu_adjoint_tangent", plain<Device, Gelu>);
-  m.impl("gelu_tanh_adjoint_tangent", plain<Device, GeluTanh>);
-  m.impl("softplus_adjoint_tangent", softplus<Device>);
-  m.impl("elu_adjoint_tangent", elu<Device>);
-}
-
 }  // namespace blokern::activation_ops

@@ -82,9 +82,4 @@ std::tuple<Tensor, Tensor, Tensor> softmax_cross_entropy_hvp(const Tensor& logit
   return {Device::sum(loss).to(z.scalar_type()), grad, hvp};
 }
 
-template <class Device>
-void implement(torch::Library& m) {
-  m.impl("softmax_cross_entropy_hvp", softmax_cross_entropy_hvp<Device>);
-}
-
 }  // namespace blokern::losses_ops
