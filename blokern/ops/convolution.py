@@ -339,7 +339,7 @@ def _dense_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         product = torch.ops.aten.convolution_backward(
             grad, padded, cotangent, None, *how, [True, False, False]
         )[0]
-        by_x = product[:, :, : x.shape[2], : x.shape[3]]
+        by_x = product.narrow(2, 0, x.shape[2]).narrow(3, 0, x.shape[3])
     return by_grad, by_x, None, None, None
 
 

@@ -38,14 +38,22 @@ def is_transformed() -> bool:
 
 
 def with_definition(op: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op as a function of the same arguments that is its definition where a transform is at work."""
+    """The op as a function of the same arguments, the factors first, that is its definition where a transform is at
+    work, or where gradients come in batches."""
     kernel = getattr(torch.ops.blokern, op).default
 
     def product(*args: Any) -> Tensor:
-        y: Tensor = definition(*args) if is_transformed() else kernel(*args)
+        defined = is_transformed() or _is_batch(args[0]) or _is_batch(args[1])
+        y: Tensor = definition(*args) if defined else kernel(*args)
         return y
 
     return product
+
+
+def _is_batch(t: Tensor) -> bool:
+    """Whether it stands for a batch in torch's older vmap, which no level tells of: that of
+    torch.autograd.grad(is_grads_batched=True) and torch.autograd.functional(vectorize=True)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def spmm_definition(
@@ -86,7 +94,7 @@ class ConvolutionDefinition(NamedTuple):
         masked = _kept(weight, self.words, dense_grad)
         wanted = [True, False, False]
         product: Tensor = torch.ops.aten.convolution_backward(grad, like, masked, None, *how, wanted)[0]
-        return product[:, :, : size[1], : size[2]]
+        return product.narrow(2, 0, size[1]).narrow(3, 0, size[2])
 
     def by_weight(self, grad: Tensor, x: Tensor, weight: Sequence[int]) -> Tensor:
         pad, how = dense_arguments(x.shape, grad.shape, weight, self.numbers)

@@ -145,6 +145,26 @@ def test_vmap_over_any_arguments(kind: str, dense_grad: bool) -> None:
         close(found[0], found[1])
 
 
+@every_product
+@both_gradients
+def test_batches_of_gradients(kind: str, dense_grad: bool) -> None:
+    """What torch's older vmap asks for, of first and second derivatives."""
+    results = []
+    for module in (ops, reference):
+        f, given = product(kind, module, dense_grad)
+        args = tuple(t.clone().requires_grad_() for t in given)
+        y = f(*args)
+        first = torch.autograd.grad(y, args, random(2, *y.shape), is_grads_batched=True, create_graph=True)
+        loss = sum(g[0].square().sum() + g[0].sum() * g[1].sum() for g in first[:2])
+        along = torch.eye(2, dtype=torch.float64)[:, 0]
+        second = torch.autograd.grad(loss, args[:2], along, is_grads_batched=True)
+        whole = torch.autograd.functional.hessian(
+            lambda x, f=f, args=args: f(x, *args[1:]).pow(3).sum(), given[0][:1], vectorize=True
+        )
+        results.append((*first, *second, whole))
+    close(*results)
+
+
 def test_spmm_and_sddmm() -> None:
     mask = random_mask(5, 7)
     w, x, a, b = random(5, 7), random(7, 3, seed=1), random(5, 3, seed=2), random(7, 3, seed=3)
