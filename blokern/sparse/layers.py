@@ -20,6 +20,7 @@ from blokern import ops
 from blokern.ops.mask import SparseMask, as_mask, check_mask, check_of, is_jit_traced
 from blokern.ops.masked_weight import GradientMask, clear_masked_, masked_weight
 from blokern.sparse.maskable import why_not_maskable
+from blokern.sparse.nodes import node_of
 
 __all__ = ["Masked", "MaskedConv2d", "MaskedLinear", "under_autocast"]
 
@@ -251,6 +252,8 @@ class MaskedLinear(Masked, nn.Linear):
         self.take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return node_of(self, input)
         stored = self._parameters.get("weight")
         weight = self.weight if stored is None else stored
         if self._by_torch(weight):
@@ -275,6 +278,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
         self.take(_mask_or_all(mask, self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return node_of(self, input)
         stored = self._parameters.get("weight")
         weight = self.weight if stored is None else stored
         if self._by_torch(weight):

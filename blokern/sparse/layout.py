@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from blokern.sparse.nodes import node_of
+
 __all__ = [
     "SamplesInnermostAdaptiveAvgPool2d",
     "SamplesInnermostAvgPool2d",
@@ -58,6 +60,8 @@ class SamplesInnermostBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return node_of(self, input)
         if not is_samples_innermost(input):
             return super().forward(input)
         image = input.permute(1, 2, 3, 0).flatten(1, 2).unsqueeze(0)  # [1, C, H·W, N]
@@ -69,6 +73,8 @@ class _Pool(nn.Module):
     """Put before a pooling layer in a class's bases. Results that come in pairs, with indices, do too."""
 
     def forward(self, input: Tensor) -> Any:
+        if not isinstance(input, Tensor):
+            return node_of(self, input)
         if not is_samples_innermost(input):
             return super().forward(input)
         pooled = super().forward(input.transpose(0, 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from blokern import ops
 from blokern.ops.mask import SparseMask
 from blokern.sparse.layers import MaskedLinear, under_autocast
 from blokern.sparse.modules import check_droppable, drop_mask
+from blokern.sparse.nodes import node_of
 
 __all__ = ["PackedLinear", "pack"]
 
@@ -47,6 +49,12 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values.dtype.itemsize < 4:  # the kernels take those of half weights in float32
+            self.values = self.values.float()
+        return self
+
     @property
     def weight(self) -> ops.PackedWeight:
         """As :func:`ops.packed_linear` takes it."""
@@ -54,6 +62,8 @@ class PackedLinear(nn.Module):
         return ops.PackedWeight(self.values, self.start, self.column, *shape)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return node_of(self, input)
         x, bias = under_autocast(input, self.bias)
         if x.dtype == torch.float16:  # no kernels: in float32
             bias = None if bias is None else bias.float()

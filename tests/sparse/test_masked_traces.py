@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blokern.sparse import MaskedLinear, masks_of, pack, sparsify, to_dense
+from blokern.sparse import MaskedConv2d, MaskedLinear, masks_of, pack, samples_innermost, sparsify, to_dense
 
 
 class Reader(nn.Module):
@@ -166,3 +167,30 @@ def test_vmap_and_forward_mode_over_what_is_read() -> None:
     straight = torch.func.grad(lambda w: F.linear(xs, w).square().sum())(start * mask)
     torch.testing.assert_close(torch.func.grad(read)(start), straight)
     torch.testing.assert_close(torch.func.jacfwd(read)(start), straight)
+
+
+@pytest.mark.parametrize("form", [lambda model: model, samples_innermost, pack])
+def test_symbolically_traced(form: Callable[[nn.Module], nn.Module]) -> None:
+    """Layers are nodes, and what a parent reads of them is masked."""
+    model = nn.Sequential(Reader(), nn.Sequential(nn.Linear(3, 9), nn.Unflatten(1, (1, 3, 3))))
+    model = nn.Sequential(model, nn.MaxPool2d(2), nn.BatchNorm2d(1)).double().eval()
+    spoil(sparsify(model, random_masks(model)))
+    if form is pack:
+        model = nn.Sequential(nn.Flatten(), pack(model[0][1]))
+    x = torch.rand(2, 3, dtype=torch.float64) if form is pack else images()
+    with torch.no_grad():
+        want = form(model)(x)
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), want)
+        if form is not pack:
+            torch.testing.assert_close(want, expected(model, x))
+            assert {node.target for node in traced.graph.nodes} >= {"0.0.conv", "0.0.fc", "0.0.out", "0.1.0"}
+            sparsify(model, random_masks(model))
+            torch.testing.assert_close(traced(x), expected(model, x))
+
+
+@pytest.mark.parametrize("layer", [MaskedLinear(3, 3), MaskedConv2d(3, 3, 1), pack(MaskedLinear(3, 3), 1.0)])
+@pytest.mark.parametrize("input", [None, [1.0], "x"])
+def test_no_tensor_is_told(layer: nn.Module, input: object) -> None:
+    with pytest.raises(TypeError, match=f"input must be a Tensor, got {type(input).__name__}"):
+        layer(input)

@@ -145,6 +145,18 @@ def test_a_packed_network_predicts_the_same() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", DTYPES)
+def test_a_packed_layer_takes_another_dtype(dtype: torch.dtype, new: torch.dtype) -> None:
+    weight, mask, x = factors(6, 9, 4, 0.3, dtype)
+    bias = torch.linspace(-1, 1, 6).to(dtype)
+    layer, x = PackedLinear(weight, mask, bias).to(new), x.to(new)
+    want = torch.nn.functional.linear(x.double(), (weight * mask).to(new).double(), bias.to(new).double())
+    assert layer(x).dtype == new
+    torch.testing.assert_close(layer(x), want.to(new))
+
+
 def test_layers_that_keep_much_become_dense() -> None:
     model, x = pruned(0.5), torch.randn(9, 40)
     want = model(x)
