@@ -272,6 +272,8 @@ def _own_level() -> Iterator[None]:
 def _check(mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"mask must be a dense tensor, got layout {mask.layout}")
     if mask.dim() < 2:
         raise ValueError(f"mask must have at least two dimensions, [out, ...], got shape {tuple(mask.shape)}")
     if mask.numel() >= 2**31:

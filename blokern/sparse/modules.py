@@ -59,6 +59,10 @@ def checked_masks(
     model: nn.Module, masks: Mapping[str, Tensor | SparseMask]
 ) -> list[tuple[nn.Module, SparseMask]]:
     """The layers and their masks, as :func:`sparsify` takes them, with its errors and warning."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(masks, Mapping) or not all(isinstance(name, str) for name in masks):
+        raise TypeError(f"masks must be a mapping of masks by parameter name, got {type(masks).__name__}")
     modules = dict(model.named_modules())
     owners = parameter_owners(model)
     found: list[tuple[nn.Module, SparseMask]] = []
@@ -71,9 +75,14 @@ def checked_masks(
         reason = why_not_maskable(module) or why_shared(owners[id(module._parameters["weight"])])
         if reason is not None:
             raise ValueError(f"masks: {name!r} {reason}")
-        mask = as_mask(given)
+        try:
+            mask = as_mask(given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"masks: {name!r}: {error}") from error
         weight = module._parameters["weight"]
         assert weight is not None
+        if mask.words.is_meta and not weight.is_meta:
+            raise ValueError(f"masks: {name!r} is on the meta device, without values")
         check_mask(mask, weight, name)
         if not mask.words.is_meta and mask.kept == 0:
             warnings.warn(f"masks: {name!r} keeps no weight: the layer's output is its bias", stacklevel=3)

@@ -294,3 +294,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_refusals_say_why(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compact(make())
+
+
+def test_an_example_of_another_dtype_is_told() -> None:
+    """Also where float64, in which it is planned, would take it."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
+    masks = {"0.weight": (torch.arange(8) < 4).view(8, 1, 1, 1).expand(8, 3, 3, 3)}
+    with pytest.raises(
+        ValueError, match=r"model: it cannot be compacted: its forward fails on the example: .*double"
+    ):
+        compact(net, masks, torch.rand(2, 3, 8, 8, dtype=torch.float64))

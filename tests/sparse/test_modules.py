@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blokern import models
-from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, masks_of, pack, sparsify, to_dense
+from blokern.sparse import MaskedConv2d, MaskedLinear, SparseMask, compact, masks_of, pack, sparsify, to_dense
 
 
 def random_masks(model: nn.Module, density: float = 0.3) -> dict[str, Tensor]:
@@ -183,6 +183,42 @@ def test_wrong_masks_leave_the_model_alone() -> None:
         sparsify(tied, {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="padding_mode must be a layer that pads with zeros, got 'reflect'"):
         MaskedConv2d(2, 2, 3, padding=1, padding_mode="reflect")
+
+
+ALL = torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "masks"),
+    [
+        (TypeError, "masks must be a mapping of masks by parameter name, got list", [("1.weight", ALL)]),
+        (TypeError, "masks must be a mapping of masks by parameter name, got NoneType", None),
+        (TypeError, "masks must be a mapping of masks by parameter name, got dict", {1: ALL}),
+        (
+            TypeError,
+            "masks: '1.weight': mask must be torch.bool, got torch.float32",
+            {"1.weight": ALL.float()},
+        ),
+        (TypeError, "masks: '1.weight': mask must be a bool Tensor or a SparseMask", {"1.weight": [[True]]}),
+        (TypeError, "masks: '1.weight': mask must be a dense tensor, got", {"1.weight": ALL.to_sparse()}),
+        (ValueError, "masks: '1.weight': mask must have at least two dimensions", {"1.weight": ALL[0]}),
+        (ValueError, "masks: '1.weight' is on the meta device", {"1.weight": ALL.to("meta")}),
+    ],
+)
+def test_what_is_no_mask_is_named(error: type[Exception], message: str, masks: object) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    if isinstance(masks, dict):
+        masks = {"0.weight": torch.eye(3) > 0} | masks
+        with pytest.raises(error, match=message):
+            compact(model, masks)
+    with pytest.raises(error, match=message):
+        sparsify(model, masks)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
+        sparsify({}, {})
 
 
 # ---- Mixed precision

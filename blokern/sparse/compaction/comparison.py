@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from blokern.sparse.compaction.record import Refusal, tensors_in, undisturbed
+from blokern.sparse.compaction.record import Refusal, said, tensors_in, undisturbed
 
 __all__ = ["check_outputs", "coarsest_eps", "doubled"]
 
@@ -52,7 +52,10 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     with undisturbed(model):
         torch.seed()
         arguments = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # which the forward may change
-        return list(tensors_in(model(*arguments)))
+        try:
+            return list(tensors_in(model(*arguments)))
+        except Exception as error:
+            raise Refusal(f"its forward fails on the example: {said(error)}") from error
 
 
 def _alike(want: list[Tensor], got: list[Tensor], tolerance: float) -> bool:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from blokern.sparse.compaction.channels import Axis, Channels, Product
 from blokern.sparse.compaction.comparison import check_outputs
 from blokern.sparse.compaction.cut import copied, cut
-from blokern.sparse.compaction.record import Node, Recorder, Refusal, Value, record, tensors_in, undisturbed
+from blokern.sparse.compaction.record import (
+    Node,
+    Recorder,
+    Refusal,
+    Value,
+    record,
+    said,
+    tensors_in,
+    undisturbed,
+)
 from blokern.sparse.compaction.rules import rule_of
 from blokern.sparse.compaction.witness import Disagreement, Rereading
 
@@ -111,7 +120,7 @@ class _Network:
         except Refusal:
             raise
         except Exception as error:
-            raise ForwardFails(f"its forward fails on the example: {_said(error)}") from error
+            raise ForwardFails(f"its forward fails on the example: {said(error)}") from error
         for tensor in out:
             for axis in recorder.value(tensor).axes:
                 self.channels.pin(axis)
@@ -147,7 +156,7 @@ class _Network:
             except Disagreement as error:
                 return own, error
             except Exception as error:
-                return own, Disagreement(len(witness.nodes), _said(error))
+                return own, Disagreement(len(witness.nodes), said(error))
             if len(witness.nodes) != len(nodes):
                 return own, Disagreement(len(witness.nodes), "it ends early")
         return None
@@ -168,7 +177,3 @@ class _Network:
 
 def _axes(node: Node) -> list[Tensor]:
     return [axis for axes in (*node.outputs, *node.inputs) for axis in axes if axis is not None]
-
-
-def _said(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

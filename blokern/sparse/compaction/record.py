@@ -24,7 +24,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from blokern.sparse.compaction.channels import Axis, Channels, Product
 
-__all__ = ["Call", "Node", "Recorder", "Refusal", "Rule", "Value", "record", "tensors_in", "undisturbed"]
+__all__ = [
+    "Call",
+    "Node",
+    "Recorder",
+    "Refusal",
+    "Rule",
+    "Value",
+    "record",
+    "said",
+    "tensors_in",
+    "undisturbed",
+]
 
 
 class Refusal(ValueError):
@@ -325,3 +336,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         yield from tensors_in(vars(tree))
+
+
+def said(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error) or type(error).__name__).splitlines()[0]
