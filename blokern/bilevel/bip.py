@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from blokern import ops
 from blokern._names import unknown_name
 from blokern.bilevel.implicit import MaskedLayer, Solver, dense_grad, implicit_gradient
-from blokern.bilevel.loss import ModelLoss, as_batch, cross_entropy, map_tensors, tensors_in
+from blokern.bilevel.loss import ModelLoss, as_batch, cross_entropy, loss_of, map_tensors, tensors_in
 from blokern.bilevel.masking import PruningSettings, dense_twin, prunable, select, whole_layers
 from blokern.bilevel.settings import Precision, autocast, check_numbers, check_precision
 from blokern.bilevel.step import StepResult, check_types
@@ -207,7 +207,7 @@ class BiP:
 
     def _loss(self, model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
         with autocast(self.settings.precision, next(tensors_in(x))):
-            loss, logits = self.loss_fn(model, x, y)
+            loss, logits = loss_of(self.loss_fn, model, x, y)
         return loss, logits if logits.dtype == torch.float64 else logits.float()
 
     def _layers(self) -> list[MaskedLayer]:

@@ -27,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "first_of",
     "logits_of",
+    "loss_of",
     "map_tensors",
     "model_loss",
     "samples",
@@ -216,6 +217,27 @@ def _probabilities(logits: Tensor, y: Tensor) -> Tensor:
 cross_entropy = model_loss(_class_loss)
 
 
+def loss_of(loss_fn: ModelLoss, model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """The loss and the logits that a `ModelLoss` gives.
+
+    Raises TypeError for what is no pair, such as a loss alone, whose samples would be taken for one; ValueError for a
+    loss of several numbers.
+
+    >>> loss_of(cross_entropy, model, x, y)[0].shape
+    torch.Size([])
+    """
+    given = loss_fn(model, x, y)
+    if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[0], Tensor):
+        raise TypeError(
+            f"loss_fn must give the loss and the logits, (loss, logits), got {type(given).__name__}; of a loss of "
+            "logits model_loss makes one, as in loss_fn=model_loss(F.mse_loss)"
+        )
+    loss, logits = given
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must give a scalar, a mean over the samples, got {tuple(loss.shape)}")
+    return loss, logits
+
+
 class LossModule(nn.Module):
     """A model with its loss, for what calls modules: (x, y) → the loss.
 
@@ -227,7 +249,7 @@ class LossModule(nn.Module):
         self.model, self.loss_fn = model, loss_fn
 
     def forward(self, x: Any, y: Any) -> Tensor:
-        return self.loss_fn(self.model, x, y)[0]
+        return loss_of(self.loss_fn, self.model, x, y)[0]
 
 
 # --- Batches ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from blokern.bilevel.loss import (
     checked_batches,
     cross_entropy,
     first_of,
+    loss_of,
     map_tensors,
     samples,
     tensors_in,
@@ -112,6 +113,7 @@ class Pruner(ABC, Generic[SettingsT]):
         masked. Raises ValueError for a model without others, for scores that are not finite, and if the method needs
         batches and iterating over them gives none; TypeError or ValueError for a batch that is none.
         """
+        check_types(model=(model, nn.Module))
         settings, before = self.settings, masks_of(model)
         left_out = sorted(excluded(model, settings.exclude))
         example = None
@@ -156,7 +158,7 @@ class Pruner(ABC, Generic[SettingsT]):
         total = leaves[0].new_zeros((), dtype=torch.int64)
         for x, y in checked_batches(batches):
             size = samples(x)
-            loss, _ = loss_fn(model, x, y)
+            loss, _ = loss_of(loss_fn, model, x, y)
             if not loss.requires_grad:
                 raise ValueError(
                     "loss_fn must give a loss that depends on the model's weights, got a constant"

@@ -37,6 +37,7 @@ class IMPSettings(PruningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_number(self, "rate")
         if not 0.0 < self.rate < 1.0:
             raise ValueError(f"rate must be in (0, 1), got {self.rate}")
         _check_count(self, "rewind_epoch", 0)
@@ -95,6 +96,7 @@ class HydraSettings(PruningSettings):
         super().__post_init__()
         _check_count(self, "score_epochs", 1)
         _check_positive(self, "score_lr")
+        _check_number(self, "score_momentum")
         if not 0.0 <= self.score_momentum < 1.0:
             raise ValueError(f"score_momentum must be in [0, 1), got {self.score_momentum}")
 
@@ -122,7 +124,14 @@ def _check_count(settings: PruningSettings, name: str, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _check_number(settings: PruningSettings, name: str) -> None:
+    value = getattr(settings, name)
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_positive(settings: PruningSettings, name: str) -> None:
+    _check_number(settings, name)
     value = getattr(settings, name)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")

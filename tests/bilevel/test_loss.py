@@ -1,5 +1,6 @@
 """Batches, outputs and losses of other people's networks: every method against plain torch, or refused."""
 
+import dataclasses
 import math
 from collections import UserDict
 from types import SimpleNamespace
@@ -265,3 +266,39 @@ def test_a_loss_that_is_no_mean_or_a_constant_is_refused():
         SNIP(SNIPSettings(), loss_fn=lambda model, x, y: (torch.ones(()), y)).masks(
             Pixels(), [(IMAGES, PIXELS)]
         )
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "bip"])
+@pytest.mark.parametrize(
+    ("reduction", "packed", "error", "message"),
+    [
+        (
+            "mean",
+            lambda loss, z: loss,
+            TypeError,
+            r"loss_fn must give .*\(loss, logits\), got Tensor; .*model_loss",
+        ),
+        ("none", lambda loss, z: loss, TypeError, r"loss_fn must give .*\(loss, logits\), got Tensor"),
+        ("none", lambda loss, z: (loss, z), ValueError, r"loss_fn must give a scalar, .* got \(2,\)"),
+    ],
+)
+def test_a_loss_alone_or_of_each_sample_is_refused(name, reduction, packed, error, message):
+    """Of two samples' losses, the first would be taken for the loss, and the second for the logits."""
+
+    def loss_fn(model, x, y):
+        logits = model(x)
+        return packed(F.cross_entropy(logits, y, reduction=reduction), logits)
+
+    def use():
+        model = Texture()
+        if name == "bip":
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            BiP(model, optimizer, BiPSettings(density=0.3), loss_fn=loss_fn).step(batch, batch)
+        else:
+            words = {"temperature": 1.0} if name == "grasp" else {}
+            settings = dataclasses.replace(LOSSES[name], **words)
+            PRUNERS[name][0](settings, loss_fn=loss_fn).masks(model, [batch])
+
+    batch = torch.rand(2, 3, 6, 6), torch.tensor([1, 3])
+    with pytest.raises(error, match=message):
+        use()

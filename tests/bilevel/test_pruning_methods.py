@@ -209,11 +209,21 @@ def test_settings_of_another_method_are_refused(name):
         (HydraSettings, {"score_lr": math.inf}, ValueError, "score_lr must be positive and finite, got inf"),
         (HydraSettings, {"score_momentum": 1.0}, ValueError, r"score_momentum must be in \[0, 1\), got 1.0"),
         (RandomPruningSettings, {"seed": True}, TypeError, "seed must be an int, got True"),
+        (IMPSettings, {"rate": "0.2"}, TypeError, "rate must be a number, got '0.2'"),
+        (GraSPSettings, {"temperature": None}, TypeError, "temperature must be a number, got None"),
+        (HydraSettings, {"score_momentum": "x"}, TypeError, "score_momentum must be a number, got 'x'"),
     ],
 )
 def test_wrong_settings_name_the_word(kind, words, error, message):
     with pytest.raises(error, match=message):
         kind(**words)
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_what_is_no_model_is_named(name):
+    kind, settings = ONE_SHOT[name]
+    with pytest.raises(TypeError, match="model must be of type Module, got OrderedDict"):
+        kind(settings()).masks(net().state_dict(), batches())
 
 
 # --- OMP, RandomPruning -------------------------------------------------------------------------------------
