@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -166,11 +167,11 @@ class SampleCount:
         said = self._size(x, y) if self._takes_y else self._size(x)
         if isinstance(said, Tensor) and said.numel() == 1:
             said = said.item()
-        if isinstance(said, bool) or not isinstance(said, int | float):
+        if isinstance(said, bool) or not isinstance(said, Real):
             raise TypeError(f"batch_size must return a number, got {type(said).__name__}")
         if not 0 <= said < float("inf"):
             raise ValueError(f"batch_size must return how many samples x has, got {said}")
-        return said
+        return float(said)
 
     def _guessed(self, x: Any, y: Any) -> float:
         inputs = [t for t in tensors(x) if t.dim() > 0]
@@ -214,14 +215,23 @@ class SampleCount:
 def loss_option(loss_fn: Any, name: str) -> Any:
     """What a loss of torch.nn, or a partial one, was told; None where it does not say."""
     if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get(name)
+        return loss_fn.keywords[name] if name in loss_fn.keywords else loss_option(loss_fn.func, name)
     return getattr(loss_fn, name, None) if isinstance(loss_fn, nn.Module) else None
 
 
 def _divides_by_weights(loss_fn: Any) -> bool:
-    known = (F.cross_entropy, F.nll_loss)
-    divides = isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss) or getattr(loss_fn, "func", None) in known
-    return divides and loss_option(loss_fn, "weight") is not None
+    """Whether the loss, or one within it, is a mean by class weights; a loss written as a function does not tell."""
+    if isinstance(loss_fn, functools.partial):
+        if loss_fn.func in (F.cross_entropy, F.nll_loss):
+            return loss_option(loss_fn, "weight") is not None
+        return _divides_by_weights(loss_fn.func)
+    module = getattr(loss_fn, "__self__", loss_fn)  # of a bound method
+    return isinstance(module, nn.Module) and any(
+        isinstance(part, nn.CrossEntropyLoss | nn.NLLLoss)
+        and part.weight is not None
+        and part.reduction == "mean"
+        for part in module.modules()
+    )
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:

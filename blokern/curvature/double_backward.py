@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blokern.curvature.op import Maybe
+from blokern.curvature.outputs import is_number
 from blokern.curvature.watch import as_in_forward
 
 __all__ = ["DoubleBackward", "Output", "outputs_of"]
@@ -95,12 +96,12 @@ class DoubleBackward:
         return self._names(_nodes(self._loss, {output.place for output in self._outputs}))
 
     def returns_loss(self) -> bool:
-        if all(output.like.dim() for output in self._outputs):
+        if not any(is_number(output.like.shape) for output in self._outputs):
             return False
         edges = [output.edge for output in self._outputs]
         with self._cut():
             for output, grad in zip(self._outputs, self._by_outputs(), strict=True):
-                if output.like.dim() or grad is None:
+                if not is_number(output.like.shape) or grad is None:
                     continue
                 if not grad.requires_grad or all(
                     t is None for t in _grad([grad], edges, [torch.ones_like(grad)])
@@ -183,7 +184,9 @@ class DoubleBackward:
         return [name for name, p in self._parameters.items() if id(p) in leaves]
 
     def _named(self, found: Sequence[Maybe]) -> dict[str, Tensor]:
-        return {name: t for name, t in zip(self._parameters, found, strict=True) if t is not None}
+        """By name, and dense: an embedding with sparse=True has sparse gradients."""
+        pairs = zip(self._parameters, found, strict=True)
+        return {name: t if t.layout == torch.strided else t.to_dense() for name, t in pairs if t is not None}
 
 
 def _nodes(t: Tensor, stop: Collection[tuple[Node, int]] = ()) -> list[Node]:

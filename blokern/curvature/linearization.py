@@ -241,6 +241,10 @@ def record(
 
     parameters: those that are not constants, None for all that require a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (model output, target), got {type(loss_fn).__name__}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "torch.inference_mode records nothing that could be differentiated: leave it first"
@@ -280,6 +284,11 @@ def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
     if names := [name for name, p in parameters.items() if p.is_complex()]:
         raise TypeError(
             f"parameters must be real, got complex {', '.join(names)}: keep the real and the imaginary part as two"
+        )
+    if names := [name for name, p in parameters.items() if p.is_inference()]:
+        raise ValueError(
+            f"parameters must not be made in torch.inference_mode, which autograd does not follow, got "
+            f"{', '.join(names)}: clone them outside of it"
         )
 
 

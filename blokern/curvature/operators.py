@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import reduce
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, overload
 
 import numpy as np
 import torch
@@ -79,6 +79,10 @@ class CurvatureOperator:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn must be a function of (model output, target), got {type(loss_fn).__name__}"
+            )
         if reduction not in ("mean", "sum"):
             raise unknown_name("reduction", reduction, ("mean", "sum"))
         self.damping, self.progress = damping, progress
@@ -122,6 +126,8 @@ class CurvatureOperator:
 
     @damping.setter
     def damping(self, damping: float) -> None:
+        if not isinstance(damping, SupportsFloat):
+            raise TypeError(f"damping must be a number, got {type(damping).__name__}")
         if not math.isfinite(damping):
             raise ValueError(f"damping must be finite, got {damping}")
         self._damping = float(damping)
@@ -198,6 +204,7 @@ class CurvatureOperator:
             for part, (name, p) in zip(v, self.parameters.items(), strict=True)
         ]
 
+    @torch.no_grad()
     def _of_stacks(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._check_parameters()
         if check_vector(v, self._parameters) == 0:
@@ -336,8 +343,11 @@ def _path(model: nn.Module, parameters: Iterable[str]) -> list[Held]:
 
 
 def _selected(model: nn.Module, which: Iterable[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
-    if isinstance(which, str):
-        raise TypeError(f"parameters must be a list of names or a function of a name, got the str {which!r}")
+    if isinstance(which, str) or not (which is None or callable(which) or isinstance(which, Iterable)):
+        raise TypeError(
+            "parameters must be a list of names or a function of a name, got the "
+            f"{type(which).__name__} {which!r}"
+        )
     if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
         raise ValueError(f"model: {', '.join(lazy)} have no values yet: run the model once first")
     trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Found", "Split", "check_split", "tensors_in"]
+__all__ = ["Found", "Split", "check_split", "is_number", "tensors_in"]
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
 
@@ -53,6 +53,11 @@ def _items(item: Any) -> Sequence[Any] | None:
         return values + ([getattr(item, f.name) for f in fields(item)] if is_dataclass(item) else [])
     leaves = tree_leaves(item)
     return None if len(leaves) == 1 and leaves[0] is item else leaves
+
+
+def is_number(shape: torch.Size) -> bool:
+    """Whether an output of that shape may be a loss: [1] too, as models return it that run under DataParallel."""
+    return shape in ((), (1,))
 
 
 class Split(Protocol):

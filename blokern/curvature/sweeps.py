@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blokern.curvature.op import Maybe, Op
+from blokern.curvature.outputs import is_number
 from blokern.curvature.tape import INPUT, PARAMETER, Tape
 
 __all__ = ["TapeProducts"]
@@ -183,7 +184,9 @@ class TapeProducts:
     def returns_loss(self) -> bool:
         tape = self.tape
         model, loss = tape.ops[: tape.split], tape.ops[tape.split :]
-        numbers = {op.output for op in model if not op.meta.shape and tape.depends[op.output] & PARAMETER}
+        numbers = {
+            op.output for op in model if is_number(op.meta.shape) and tape.depends[op.output] & PARAMETER
+        }
         read = {tape.loss, *(value for op in loss for value in op.inputs)}
         return any(not _is_bent(value, loss) for value in numbers.intersection(tape.outputs) & read)
 

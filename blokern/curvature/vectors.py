@@ -77,6 +77,6 @@ def unflatten(t: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `flatten`, of [n] or [k, n]: views, of the dtypes of `like`."""
     parts = torch.split(t, [p.numel() for p in like.values()], -1)
     return {
-        name: part.reshape(*t.shape[:-1], *p.shape).to(p.dtype)
+        name: part.reshape((*t.shape[:-1], *p.shape)).to(p.dtype)
         for (name, p), part in zip(like.items(), parts, strict=True)
     }

@@ -267,6 +267,18 @@ def test_time_first_sequences(every_step: bool) -> None:
         HessianOperator(model, F.cross_entropy, differ) @ v
 
 
+class Weighted(nn.Module):
+    """A loss of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 4.0]).double())
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.inner(out, y)
+        return loss
+
+
 DOUBTFUL: dict[str, tuple[Any, Any, list[tuple[Any, Any]], str]] = {
     "ignored": (Tokens(), F.cross_entropy, sequences((4, 5), (3, 5)), "-100, which losses ignore"),
     "ignored by a module": (
@@ -284,6 +296,18 @@ DOUBTFUL: dict[str, tuple[Any, Any, list[tuple[Any, Any]], str]] = {
     "class weights": (
         Reads(by_place),
         nn.CrossEntropyLoss(torch.ones(3).double()),
+        [((a, b), y) for a, b, y in inputs(4, 4)],
+        "class weights",
+    ),
+    "class weights of a loss within": (
+        Reads(by_place),
+        Weighted(),
+        [((a, b), y) for a, b, y in inputs(4, 4)],
+        "class weights",
+    ),
+    "class weights of a bound method": (
+        Reads(by_place),
+        Weighted().forward,
         [((a, b), y) for a, b, y in inputs(4, 4)],
         "class weights",
     ),

@@ -93,6 +93,11 @@ def with_loss(h: Tensor, o: Tensor) -> Output:
 
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Net, Any], Tensor], str]] = {
     "the model's own loss": (with_loss, lambda net, out: out.loss, "a scalar which the model returned"),
+    "that as one entry, as under DataParallel": (
+        lambda h, o: Output(o, loss=F.cross_entropy(o, Y)[None]),
+        lambda net, out: out.loss.mean(),
+        "a scalar which the model returned",
+    ),
     "half of it, and more": (
         with_loss,
         lambda net, out: 0.5 * out.loss + out.logits.square().mean(),

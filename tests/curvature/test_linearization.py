@@ -1,5 +1,6 @@
 """The linearised loss against torch.func, central differences and the algebra that it must obey."""
 
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blokern.curvature import linearize, mixed_hvp
+from blokern.curvature import HessianOperator, ggnvp, hvp, linearize, mixed_hvp
 
 
 def smooth_net(norm: bool = True) -> nn.Module:
@@ -171,5 +172,38 @@ def test_wrong_calls_name_the_argument() -> None:
     at_x.mixed_hvp(u)  # a wrong call frees nothing
     with pytest.raises(TypeError, match=r"^x must be floating-point, got torch.int64"):
         linearize(model, F.cross_entropy, y, y)
+    with pytest.raises(TypeError, match=r"^model must be an nn.Module, got method"):
+        linearize(model.forward, F.cross_entropy, x, y)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^loss_fn must be a function of \(model output, target\), got str"):
+        linearize(model, "cross_entropy", x, y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^loss_fn must return a scalar, got shape \(4,\)"):
         linearize(model, lambda out, y: F.cross_entropy(out, y, reduction="none"), x, y)
+
+
+def test_parameters_that_autograd_does_not_follow_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(3, 4)
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    with pytest.raises(ValueError, match=r"torch\.inference_mode, .*, got weight, bias: clone them"):
+        hvp(model, F.cross_entropy, x, y, {name: torch.ones(p.shape) for name, p in model.named_parameters()})
+
+
+def test_products_by_a_table_with_sparse_gradients_are_dense() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 4)).double()
+    x, y = torch.tensor([[0, 1], [1, 4], [2, 2]]), torch.tensor([0, 1, 3])
+    v, stack = oracles.random_vector(model), oracles.random_vector(model, 2)
+    twin = nn.Sequential(nn.Embedding(5, 3), *model[1:]).double()
+    twin.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="no R-operator rule for aten.embedding"):
+        product = hvp(model, F.cross_entropy, x, y, v)
+    assert all(t.layout == torch.strided for t in product.values())
+    oracles.assert_close(product, oracles.hvp(twin, F.cross_entropy, x, y, v))
+    oracles.assert_close(
+        ggnvp(model, F.cross_entropy, x, y, v), oracles.ggnvp(twin, F.cross_entropy, x, y, v)
+    )
+    stacked = hvp(model, F.cross_entropy, x, y, stack)
+    for i in range(2):
+        one = oracles.element(stack, i)
+        oracles.assert_close(oracles.element(stacked, i), oracles.hvp(twin, F.cross_entropy, x, y, one))
+    operator = HessianOperator(model, F.cross_entropy, [(x, y)], damping=0.5)
+    oracles.assert_close(operator @ v, {name: t + 0.5 * v[name] for name, t in product.items()})

@@ -177,6 +177,23 @@ def test_rows_and_lists_are_the_same_vectors(kind: type[CurvatureOperator]) -> N
         oracles.assert_close(rows.reshape(columns.shape), matrix @ columns)
 
 
+def test_rows_of_parameters_that_are_numbers() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3, dtype=torch.float64)
+            self.temperature = nn.Parameter(torch.tensor(0.7).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.temperature[None].exp()
+
+    model, (batch,) = Scaled(), data(6)
+    operator = HessianOperator(model, F.cross_entropy, [batch])
+    v = oracles.random_vector(model)
+    expected = oracles.hvp(model, F.cross_entropy, *batch, v)
+    rows = operator @ torch.cat([v[name].flatten() for name in operator.parameters])
+    oracles.assert_close(rows, torch.cat([expected[name].flatten() for name in operator.parameters]))
+
+
 def test_wrong_rows_and_lists() -> None:
     operator = HessianOperator(small_net(), F.cross_entropy, data(6))
     parts = [torch.zeros_like(p) for p in operator.parameters.values()]
@@ -232,6 +249,18 @@ def test_scipy_gets_the_dtype_it_asks_for() -> None:
     assert (narrow.to_scipy() @ np.ones(43)).dtype == np.float32
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_products_of_vectors_that_require_a_gradient_are_constants(keep: bool) -> None:
+    model = small_net()
+    operator = HessianOperator(model, F.cross_entropy, data(4, 1), damping=0.5, keep=keep)
+    v = oracles.random_vector(model)
+    product = operator @ {name: t.clone().requires_grad_() for name, t in v.items()}
+    assert not any(
+        t.requires_grad for t in product.values()
+    )  # its gradient by v would be the damping's alone
+    oracles.assert_close(product, operator @ v)
+
+
 def test_wrong_operators() -> None:
     model, batches = small_net(), data(6)
     v = oracles.random_vector(model)
@@ -245,6 +274,16 @@ def test_wrong_operators() -> None:
         HessianOperator(model, F.cross_entropy, batches, parameters=["nonsense", "0.bias"])
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         HessianOperator(nn.Sequential(nn.Tanh()), F.cross_entropy, batches)
+    with pytest.raises(
+        TypeError, match="parameters must be a list of names or a function of a name, got the int 3"
+    ):
+        HessianOperator(model, F.cross_entropy, batches, parameters=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="damping must be a number, got str"):
+        HessianOperator(model, F.cross_entropy, batches, damping="1e-3")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"loss_fn must be a function of \(model output, target\), got NoneType"
+    ):
+        HessianOperator(model, None, batches)  # type: ignore[arg-type]
     operator = HessianOperator(model, F.cross_entropy, batches)
     with pytest.raises(ValueError, match=r"missing: 0\.bias"):
         operator @ {name: t for name, t in v.items() if name != "0.bias"}

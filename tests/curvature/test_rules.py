@@ -422,6 +422,17 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
         (VECTORS, VECTORS),
     ),
     "cosine": (F.cosine_similarity, (VECTORS, VECTORS)),
+    **{
+        f"a number, {name}": (f, ((),))
+        for name, f in {
+            "viewed": lambda a: a.view(1, 1),
+            "unsqueezed": lambda a: a.unsqueeze(0),
+            "expanded": lambda a: a.expand(2, 3),
+            "transposed": lambda a: a.t(),
+            "permuted": lambda a: a.permute(()),
+            "selected": lambda a: a.view(1)[0],
+        }.items()
+    },
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         ((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4)),

@@ -24,10 +24,10 @@ class Reshape(Linear):
     stacks = True
 
     def push(self, a_dot: Tensor) -> Tensor:
-        return a_dot.reshape(*_stack(a_dot, self.operand), *self.meta.shape)
+        return a_dot.reshape((*_stack(a_dot, self.operand), *self.meta.shape))
 
     def pull(self, g: Tensor) -> Tensor:
-        return g.reshape(*_stack(g, self.meta), *self.operand.shape)
+        return g.reshape((*_stack(g, self.meta), *self.operand.shape))
 
 
 def _stack(t: Tensor, meta: Meta) -> torch.Size:
@@ -78,7 +78,7 @@ class Permute(Linear):
 
 def _permuted(t: Tensor, order: list[int]) -> Tensor:
     extra = t.dim() - len(order)
-    return t.permute(*range(extra), *(d + extra for d in order))
+    return t.permute((*range(extra), *(d + extra for d in order)))
 
 
 def _order(dim: int, dims: Sequence[int]) -> list[int]:
