@@ -158,10 +158,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not outs:
             return
         rule = RULES.get(call.func)
-        made = None if rule is None else rule(call)
+        dense = all(map(_is_dense, given))  # as the rules are
+        made = rule(call) if rule is not None and dense else None
         if made is None:
             for out in outs:
-                self._values[out] = str(call.func)
+                self._values[out] = f"{call.func}{'' if dense else ' of sparse tensors'}"
             return
         ops = [made] if isinstance(made, Op) else made
         for op, out in zip(ops, outs, strict=False):
@@ -297,8 +298,13 @@ def _differentiable(tensors: Sequence[Tensor]) -> bool:
     return any(t.requires_grad for t in tensors)
 
 
+def _is_dense(t: Tensor) -> bool:
+    return t.layout is torch.strided
+
+
 def _storage(t: Tensor) -> int:
-    storage: int = t.untyped_storage()._cdata
+    """Which memory it is; sparse tensors have several, and pass for one."""
+    storage: int = t.untyped_storage()._cdata if _is_dense(t) else 0
     return storage
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blokern.curvature import hvp, linearize
+from blokern.curvature import HessianOperator, ggnvp, hvp, linearize
 from blokern.curvature.double_backward import DoubleBackward
 
 Forward = Callable[["Net", Tensor], Tensor]
@@ -363,3 +363,32 @@ def test_integers_in_where_only_parameters_matter() -> None:
 def test_a_tape_holds_no_graph() -> None:
     at_x = oracles.on_tape(Net(tied), F.cross_entropy, X, Y)
     assert all(not t.requires_grad for op in at_x._products.tape.ops for t in op.saved)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_constants_are_left_to_autograd(
+    layout: torch.layout, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adjacency = (torch.rand(5, 5) < 0.5).double() * torch.rand(5, 5, dtype=torch.float64)
+    sparse = adjacency.to_sparse(layout=layout)
+
+    def forward(a: Tensor) -> Forward:
+        def graph_layer(net: Net, x: Tensor) -> Tensor:
+            h = net.first(x)
+            h.mul_(2)
+            return net.last(torch.tanh(a @ h))
+
+        return graph_layer
+
+    model, twin = Net(forward(sparse)).double(), Net(forward(adjacency)).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    v = oracles.random_vector(model)
+    expected = oracles.hvp(twin, F.cross_entropy, x, y, v)
+    monkeypatch.setattr("blokern.curvature.linearization._warned", set())
+    with pytest.warns(UserWarning, match="mm.default of sparse tensors"):
+        oracles.assert_close(HessianOperator(model, F.cross_entropy, [(x, y)], keep=keep) @ v, expected)
+    oracles.assert_close(
+        ggnvp(model, F.cross_entropy, x, y, v), oracles.ggnvp(twin, F.cross_entropy, x, y, v)
+    )
