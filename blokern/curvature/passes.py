@@ -53,6 +53,7 @@ class Passes:
             for x, y, weight in self._batches(bar):
                 with state.kept(lending=True):
                     kept.add(linearize(x, y), weight, state.constants())
+        kept.hold_values(self.model)
         return kept
 
     def _batches(self, bar: str | None) -> Iterator[tuple[Any, Any, float]]:
@@ -127,6 +128,7 @@ class Kept:
         self._modes = [(name, module, module.training) for name, module in model.named_modules()]
         # Given other memory, as by `p.data = …`, a parameter has no new version.
         self._memory = [(name, p, p.data_ptr()) for name, p in model.named_parameters()]
+        self._values: list[tuple[str, Tensor, int, Tensor]] = []
         self._constants: dict[tuple[int, str], tuple[Held, int]] | None = None
 
     def add(self, at_batch: Linearization, weight: float, constants: list[Held]) -> None:
@@ -135,6 +137,15 @@ class Kept:
         found = {(id(held.holder), held.name): (held, held.value._version) for held in constants}
         before = found if self._constants is None else self._constants
         self._constants = {key: each for key, each in before.items() if key in found}
+
+    def hold_values(self, model: nn.Module) -> None:
+        """After the passes, which may clamp parameters: remember what these are."""
+        # One written through `.data` has no new version; values are compared on a CPU, elsewhere that would be to wait.
+        self._values = [
+            (name, p, p._version, p.detach().clone())
+            for name, p in model.named_parameters()
+            if p.device.type == "cpu"
+        ]
 
     @property
     def runs_model(self) -> bool:
@@ -145,6 +156,11 @@ class Kept:
         """RuntimeError if the model is no longer what it was, where the linearised batches do not see that."""
         changed = [f"the mode of {name!r}" for name, module, mode in self._modes if module.training != mode]
         changed += [repr(name) for name, p, memory in self._memory if p.data_ptr() != memory]
+        changed += [
+            repr(name)
+            for name, p, version, values in self._values
+            if p._version == version and not torch.equal(p, values)
+        ]
         constants = (self._constants or {}).values()
         changed += [
             repr(held.name) for held, version in constants if not held.there or held.value._version != version

@@ -177,6 +177,17 @@ def test_rows_and_lists_are_the_same_vectors(kind: type[CurvatureOperator]) -> N
         oracles.assert_close(rows.reshape(columns.shape), matrix @ columns)
 
 
+def test_kept_batches_notice_what_is_written_through_data() -> None:
+    model = small_net()
+    operator, v = HessianOperator(model, F.cross_entropy, data(6), keep=True), oracles.random_vector(model)
+    operator @ v
+    model[0].weight.data.add_(1.0)
+    with pytest.raises(
+        RuntimeError, match=r"^model: '0\.weight' has changed since its batches were linearised"
+    ):
+        operator @ v
+
+
 def test_rows_of_parameters_that_are_numbers() -> None:
     class Scaled(nn.Linear):
         def __init__(self) -> None:
