@@ -361,7 +361,8 @@ class Attack(ABC, Generic[W]):
         return torch.stack(losses).mean(dim=0), torch.stack(fooled).double().mean(dim=0) > 0.5
 
     def _logits(self, batch: Batch, x_adv: Tensor, network: nn.Module | None = None) -> Tensor:
-        logits = logits_of((network or self.model)(x_adv))
+        # A copy, as a forward may begin in place (Normalize(inplace=True)) and would move the walk itself.
+        logits = logits_of((network or self.model)(x_adv.clone()))
         checks.check_logits(logits, len(batch), batch.largest_label)
         return logits
 

@@ -109,7 +109,7 @@ def evaluate(
     attacks = _named(attack)
 
     started = time.perf_counter()
-    batches = len(loader) if isinstance(loader, Sized) else None
+    batches = _length(loader)
     samples, clean, robust = 0, 0.0, 0.0
     held, still = dict.fromkeys(attacks, 0.0), dict.fromkeys(attacks, 0)
     manner, draws = None, 1
@@ -159,7 +159,7 @@ def _held(
     """[N] float64: in which share of `draws` answers each sample is classified correctly."""
     held = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(draws):
-        logits = logits_of(model(x))
+        logits = logits_of(model(x.clone()))  # which a forward may change in place
         checks.check_logits(logits, len(x), largest_label)
         if not attacked:
             checks.check_finite_logits(logits)
@@ -177,6 +177,16 @@ def _named(attack: AnyAttack | Mapping[str, AnyAttack]) -> dict[str, AnyAttack]:
         if isinstance(one, Attack) and one.targeted:
             raise ValueError(f"attack {name!r} is targeted: it would take the true labels for its targets")
     return dict(attack)
+
+
+def _length(loader: Iterable[tuple[Tensor, Tensor]]) -> int | None:
+    """In batches, if it is known; torch's DataLoader has a length in name only where its data set has none."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"loader must give batches (x, y), got {type(loader).__name__}")
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
 
 
 def _batches(loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -200,7 +210,7 @@ def _attacked(
         if isinstance(attack, Attack) and type(attack).__call__ is Attack.__call__:
             x_adv, still = attack.perturb(x, y, manner if attack.model is model else None)
         else:
-            x_adv = attack(x, y)
+            x_adv = attack(x.clone(), y.clone())  # whose answer is compared with x, which it may write to
     if not isinstance(x_adv, Tensor):
         raise TypeError(f"attack {name!r} must return a tensor, got {type(x_adv).__name__}")
     if x_adv.shape != x.shape:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,15 +57,15 @@ def observe(model: nn.Module, x: Tensor, *, mixing: bool = True) -> Manner:
     """Asks the model, in the mode that it is in, about a few images of x [N, ...]: thrice, and once in other company.
 
     Four small forward passes. Buffers are as before where a part of the model is in train mode. mixing: whether to
-    look for that, too, as the fourth does. A model that draws from torch's or Python's generator is asked more often,
-    as two draws may give the same answer.
+    look for that, too, as the fourth does. A model that draws from torch's, NumPy's or Python's generator is asked more
+    often, as two draws may give the same answer.
     """
     some = x[:_SAMPLES]
     with _buffers_kept(model):
         before = _generators(x.device)
-        first, *others = [logits_of(model(some)) for _ in range(3)]
+        first, *others = [logits_of(model(some.clone())) for _ in range(3)]  # it may write there
         if before != _generators(x.device):
-            others += [logits_of(model(some)) for _ in range(DRAWS)]
+            others += [logits_of(model(some.clone())) for _ in range(DRAWS)]
         if not all(_alike(first, other) for other in others):
             return Manner(random=True)
         half = len(some) // 2
@@ -88,7 +89,9 @@ def _generators(device: torch.device) -> tuple[object, ...]:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return random.getstate(), *(state.numpy().tobytes() for state in states)
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002  # the generator that models draw from
+    drawn = (kind, np.asarray(keys).tobytes(), *rest)
+    return random.getstate(), drawn, *(state.numpy().tobytes() for state in states)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Surrogate(nn.Module):
     def __init__(self, model: nn.Module, x: Tensor, name: SurrogateName) -> None:
         super().__init__()
         with torch.no_grad():
-            logits = logits_of(model(x))
+            logits = logits_of(model(x.clone()))
         try:
             self.dtype = SURROGATES[name]
             self.format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
@@ -65,10 +65,10 @@ class Surrogate(nn.Module):
     def _error(self, logits: Tensor, x: Tensor, name: SurrogateName) -> str | None:
         """What is wrong with the copy's logits for x, where the model's are these; raises what the copy raises."""
         with torch.no_grad():
-            logits, ours = logits.double(), self(x).double()  # whose squares do not underflow
+            logits, ours = logits.double(), self(x.clone()).double()  # whose squares do not underflow
         some = x[:1].detach().requires_grad_()
         with torch.enable_grad():
-            torch.autograd.grad(self(some).sum(), some)
+            torch.autograd.grad(self(some.clone()).sum(), some)
         error = (ours - logits).norm() / logits.norm().clamp(min=torch.finfo(torch.float64).tiny)
         return None if error <= _TOLERANCE[name] else f"'s logits are {error:.1%} off"
 

@@ -144,7 +144,7 @@ class Rule(ABC, Generic[SettingsT]):
 
     def _logits(self, x: Tensor) -> Tensor:
         with self._autocast(x):
-            output = self.model(x)
+            output = self.model(x.clone())  # which a forward may change in place
         return self._checked(output, len(x))
 
     def _checked(self, output: object, samples: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from attack_twins import distance, images, seen_by, small_net
 from hypothesis import given, settings
 
+from blokern import ops
 from blokern.attack import FGSM, NFGSM, PGD, cross_entropy, dlr
 from blokern.attack.losses import correct
 
@@ -168,15 +169,21 @@ def test_early_stop_keeps_the_best_try_of_those_who_stand():
     assert (cross_entropy(net(x_adv), y) > cross_entropy(net(x), y)).all()
 
 
-def test_no_fresh_iterates_and_input_gradient_only():
-    """One buffer is stepped in place, and a single run costs one forward a step."""
+def test_no_fresh_iterates_and_one_forward_a_step(monkeypatch):
+    """One buffer is stepped in place, of which the model sees a copy, and a single run costs one forward a step."""
     net = small_net()
     x, y = images(net)
-    places = []
-    net.register_forward_pre_hook(lambda _, args: places.append(args[0].data_ptr()))
+    seen, stepped, step_ = [], [], ops.pgd_step_
+
+    def spy(x_adv, *args, **how):
+        stepped.append(x_adv.data_ptr())
+        return step_(x_adv, *args, **how)
+
+    monkeypatch.setattr(ops, "pgd_step_", spy)
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].data_ptr()))
     PGD(net, steps=6)(x, y)
-    assert len(places) == 6
-    assert len(set(places)) == 1
+    assert (len(seen), len(stepped), len(set(stepped))) == (6, 6, 1)
+    assert stepped[0] not in seen
 
 
 def test_random_starts_follow_the_generator():

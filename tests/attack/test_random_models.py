@@ -3,6 +3,7 @@
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from attack_twins import images, small_net
@@ -42,6 +43,7 @@ RANDOM = {
     "own generator": lambda m, x: m.net(x + 0.05 * torch.randn(x.shape, generator=OWN, dtype=x.dtype)),
     "one coin a call": lambda m, x: m.net(x.flip(3) if torch.rand(()) < 0.5 else x),
     "a Python coin": lambda m, x: m.net(x.flip(3) if random.random() < 0.5 else x),
+    "a NumPy coin": lambda m, x: m.net(x.flip(3) if np.random.random() < 0.5 else x),  # noqa: NPY002  # as others do
     "a counter": lambda m, x: m.net(x + 0.01 * m.calls),
 }
 STEADY = {
