@@ -32,6 +32,13 @@ def test_the_verdict_is_of_our_fastest_and_the_fastest_peer():
     assert page.verdict([rows[0], *rows[2:]]) == ("behind", "a is first, 1.33 times faster than blokern.")
 
 
+def test_a_surrogate_and_a_weaker_attack_count_for_no_place():
+    rows = [row("blokern", 1.0, result="40.5% hold"), row("a", 0.8, result="40.0% hold")]
+    assert page.verdict([*rows, row("blokern, bf16 surrogate", 0.3)])[0] == "behind"
+    rows = [row("blokern", 0.5, result="43.0% hold"), row("a", 1.0, result="40.6% hold")]
+    assert page.verdict(rows) == ("behind", "a is stronger: 40.6% of the images hold, 43.0% of ours.")
+
+
 @pytest.mark.parametrize("times", [0.985, 1.0, 1.015])
 def test_rivals_within_two_percent_are_level(times):
     assert page.verdict([row("blokern", 1.0), row("a", times)]) == ("level", "blokern and a are level.")

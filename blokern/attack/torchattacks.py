@@ -115,13 +115,18 @@ class APGD(_Adapter):
         n_restarts: int = 1,
         seed: int = 0,
         loss: LossName = "ce",
+        eot_iter: int = 1,
         rho: float = 0.75,
+        verbose: bool = False,
         *,
         early_stop: bool = False,
     ) -> None:
+        if verbose:
+            raise ValueError("verbose must be False: blokern's attacks print nothing")
         super().__init__("APGD", model)
         self.norm, self.eps, self.steps, self.n_restarts = norm, eps, steps, n_restarts
-        self.seed, self.loss, self.rho, self.early_stop = seed, loss, rho, early_stop
+        self.seed, self.loss, self.eot_iter, self.rho = seed, loss, eot_iter, rho
+        self.early_stop = early_stop
         self._attack(model)  # a bad setting is noticed here
 
     def _attack(self, model: nn.Module, **how: Any) -> attack.APGD:
@@ -130,6 +135,7 @@ class APGD(_Adapter):
             model,
             *(self.eps, self.steps, norm, self.n_restarts),
             rho=self.rho,
+            eot=self.eot_iter,
             early_stop=self.early_stop,
             loss=self.loss,
             generator=torch.Generator(self.device).manual_seed(self.seed),

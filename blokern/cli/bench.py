@@ -31,5 +31,11 @@ def bench(argv: list[str]) -> int:
     sys.path.insert(0, str(root))
     try:
         return int(importlib.import_module("benchmarks.run").main(argv) or 0)
+    except ModuleNotFoundError as error:
+        if error.name in ("benchmarks", "blokern"):
+            raise
+        raise ImportError(
+            f"the suites need {error.name}: `make build` installs what they compare with"
+        ) from error
     finally:
         sys.path.remove(str(root))

@@ -8,6 +8,7 @@ read them. The rest goes, in a copy whose ops are then read too, and whose outpu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -40,9 +41,9 @@ def compact(
 
     Channels go that no kept weight reads, and those whose filter keeps nothing, which are constant: the constant moves
     into the biases of the layers that read it. Where that is not exact (zeros padded around a constant that is not
-    zero) they stay. Constants are those of the mode, train or eval, that the model is in: a BatchNorm's differ. A layer
-    all of whose weights are kept becomes a dense one. Names in the state_dict stay, but for masks that are gone and
-    biases that constants need.
+    zero) they stay. Constants are those of the mode, train or eval, that the model is in: a BatchNorm's differ, and a
+    warning says so of a model in train mode whose copy would be wrong in eval mode. A layer all of whose weights are
+    kept becomes a dense one. Names in the state_dict stay, but for masks that are gone and biases that constants need.
 
     The model runs on the example, in both modes, and each op says which channels are the same: convolutions of any
     kind, products, normalisations, pooling, arithmetic, views, joins and parts, in place or not. What other ops touch
@@ -74,9 +75,24 @@ def _compacted(network: _Masked[ModelT], inputs: tuple[Any, ...]) -> ModelT:
     except ForwardFails:
         plan = find_plan(network.dense, network.kept, inputs)
     small = network.without(plan)
+    if any(module.training for module in small.modules()):
+        _warn_of_eval_mode(network.dense, small, inputs, coarsest_eps(small, plan.eps))
     if plan.compared:  # in its own numbers, with its own layers
         check_outputs(network.dense, copied(small), inputs, coarsest_eps(small, plan.eps), rough=True)
     return small
+
+
+def _warn_of_eval_mode(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...], eps: float) -> None:
+    """In train mode a BatchNorm's constant is its bias alone; in eval mode it has the running mean in it."""
+    want, got = (copied(network).double().eval() for network in (dense, small))
+    try:
+        check_outputs(want, got, doubled(inputs), eps)
+    except Refusal as error:
+        warnings.warn(
+            f"compact: the model is in train mode, for which the smaller one is right; in eval mode {error}: call "
+            "model.eval() before compact, for inference",
+            stacklevel=4,
+        )
 
 
 class _Masked(Generic[ModelT]):

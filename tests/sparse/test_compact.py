@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -304,3 +305,21 @@ def test_an_example_of_another_dtype_is_told() -> None:
         ValueError, match=r"model: it cannot be compacted: its forward fails on the example: .*double"
     ):
         compact(net, masks, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_a_network_in_train_mode_says_that_eval_mode_differs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        net[1].bias.fill_(0.5)
+        net[1].running_mean.fill_(-1.0)
+    masks, x = {"0.weight": ops.filter_mask(net[0].weight, 0.5)}, torch.rand(4, 3, 8, 8)
+    with pytest.warns(
+        UserWarning, match=r"in eval mode the smaller copy's outputs differ.* call model.eval\(\)"
+    ):
+        compact(net, masks, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = compact(net.eval(), masks, x)
+        torch.testing.assert_close(small(x), sparsify(net, masks)(x))
+        plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        compact(plain.train(), masks, x)
