@@ -15,7 +15,9 @@ from benchmarks import tables
 from blokern import ops
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = ROOT / "csrc"
+MAPS = sorted(SOURCES.rglob("README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), *MAPS]
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -81,3 +83,15 @@ def test_tables_are_the_results(page: Path) -> None:
 def test_every_table_is_somewhere() -> None:
     shown = set(re.findall(r"<!-- table: (\w+) -->", "".join(page.read_text() for page in tables.pages())))
     assert shown == set(tables.TABLES)
+
+
+def test_the_maps_of_the_kernels_have_every_op_and_no_file_that_is_gone() -> None:
+    ops_there = set(re.findall(r'^ +"(\w+)\(', (SOURCES / "library.cpp").read_text(), re.M))
+    named = set()
+    for page in MAPS:
+        for word in re.findall(r"`([\w./]+)`", page.read_text()):
+            named.add(word)
+            if re.search(r"\.(h|cpp|cu|cuh|py)$", word):
+                assert any((root / word).exists() for root in (page.parent, SOURCES, ROOT)), (page, word)
+    assert len(ops_there) > 40
+    assert ops_there <= named, sorted(ops_there - named)
