@@ -139,7 +139,7 @@ void resolve_negative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
   const auto resolved = [](const at::Tensor& t, const c10::Argument& argument) {
     const auto* const alias = argument.alias_info();
     TORCH_CHECK_VALUE(!t.is_neg() || alias == nullptr || !alias->isWrite(), argument.name(),
-                      " is written in place, and its sign is yet to be turned: clone it first");
+                      " is written in place and is a negative view (Tensor.is_neg): clone it first");
     return t.resolve_neg();
   };
   for (size_t i = 0; i < arguments.size(); ++i) {

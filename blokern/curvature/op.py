@@ -57,7 +57,7 @@ class Op(ABC):
     changes. It reads no values: of an op in place, out is not written yet.
     """
 
-    #: Whether f bends, so that adjoint_tangent reads g and the tangents; if not, it is the adjoint of ġ.
+    #: Whether f is nonlinear: adjoint_tangent then reads g and the tangents. Of a linear f it is the adjoint of ġ.
     curved: bool = True
     #: Whether an adjoint of it costs as much as the op, a matrix product or the like; if not, a few passes over memory.
     sweeps: ClassVar[bool] = False

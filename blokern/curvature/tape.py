@@ -48,9 +48,9 @@ class Tape:
         self.depends: dict[int, int] = dict.fromkeys(parameters.values(), PARAMETER)
         if x is not None:
             self.depends[x] = INPUT
-        #: The values that a curved op lies before: products read their adjoints, or need them on the way.
+        #: Outputs of nonlinear ops, and what depends on them: products read their adjoints, or need them on the way.
         self.bent: set[int] = set()
-        #: The values that curved ops read: products read their tangents.
+        #: The values that nonlinear ops read: products read their tangents.
         self.read: set[int] = set()
         #: The values whose adjoints come from sweeps: worth keeping between products. The others' are recomputed.
         self.swept: set[int] = set()

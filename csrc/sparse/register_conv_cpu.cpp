@@ -234,8 +234,8 @@ bool checked_pointwise(const Geometry& g, at::TensorList streams, at::IntArrayRe
 enum class Product { kOutput, kByInput, kByWeight };
 
 // Whether the dense product is faster, by the densities from which it is; measured at layers of ResNet-18 and
-// -50. Torch copies samples-innermost tensors first, so that there it is only where a batch does not fill
-// ours' lanes.
+// -50. Torch copies samples-innermost tensors first: of those, the dense product is faster only where the batch
+// has fewer samples than our kernel has lanes.
 bool dense_pays(Product product, const Tensor& weight, int64_t kept, const Tensor& x,
                 at::IntArrayRef numbers) {
   const int64_t samples = x.size(0), positions = x.size(2) * x.size(3);
