@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 __all__ = [
     "ConvolutionDefinition",
-    "StraightThrough",
     "dense_arguments",
     "is_transformed",
     "sddmm_definition",
     "spmm_definition",
+    "straight_through",
     "with_definition",
 ]
 
@@ -131,17 +131,20 @@ def _kept(weight: Tensor, words: Tensor | None, dense_grad: bool = False) -> Ten
     mask = torch.ops.blokern.words_mask(words, weight.shape[1:].numel()).view(weight.shape)
     if not dense_grad:
         return torch.where(mask, weight, 0.0)
-    kept: Tensor = StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
+    return straight_through(weight, mask)
+
+
+def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+    """weight ⊙ mask, whose derivative is that of weight.
+
+    >>> straight_through(torch.ones(2), torch.tensor([True, False]))
+    tensor([1., 0.])
+    """
+    kept: Tensor = _StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
     return kept
 
 
-class StraightThrough(torch.autograd.Function):
-    """weight ⊙ mask, whose derivative is that of weight.
-
-    >>> StraightThrough.apply(torch.ones(2), torch.tensor([True, False]))
-    tensor([1., 0.])
-    """
-
+class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from blokern.ops.definitions import straight_through
 from blokern.ops.mask import SparseMask, check_mask, is_jit_traced
 
 __all__ = ["GradientMask", "clear_masked_", "mark_masked", "masked_weight"]
@@ -26,29 +26,8 @@ def masked_weight(weight: Tensor, mask: SparseMask, *, dense_grad: bool = False)
         check_mask(mask, weight, "weight")
     kept = mask.to_dense()
     if dense_grad:
-        straight: Tensor = _StraightThrough.apply(weight, kept)  # type: ignore[no-untyped-call]
-        return straight
+        return straight_through(weight, kept)
     return torch.where(kept, weight, 0)
-
-
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(kept, weight, 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.clone()
 
 
 def clear_masked_(weight: Tensor, mask: SparseMask) -> None:

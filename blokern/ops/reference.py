@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blokern.ops.definitions import StraightThrough
+from blokern.ops.definitions import straight_through
 from blokern.ops.mask import SparseMask
 from blokern.ops.types import Norm, PerSample, Scope
 
@@ -282,8 +282,7 @@ def _kept(weight: Tensor, mask: Tensor | SparseMask, dense_grad: bool = False) -
     mask = mask.to_dense() if isinstance(mask, SparseMask) else mask
     if not dense_grad:
         return torch.where(mask, weight, 0.0)
-    kept: Tensor = StraightThrough.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's stub
-    return kept
+    return straight_through(weight, mask)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
