@@ -337,6 +337,7 @@ def _timm(
         raise ValueError(f"name: timm {timm.__version__} has no model {name!r}; timm.list_models() lists all")
     try:
         network = timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **kwargs)
+    # What timm's constructors raise for settings that a network does not take; some say so by NotImplementedError.
     except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in {"in_chans": in_channels, **kwargs}.items())
         raise ValueError(f"name: timm makes no {name} with {asked}: {error}") from error

@@ -276,6 +276,11 @@ def _check_fit(
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
         ],
+        "of another kind of number": [
+            f"{name} {weights[name].dtype} for {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in weights and _kind(weights[name]) != _kind(tensor)
+        ],
         "with bits that do not fit their check": [
             name for name in weights if name.endswith(_WORDS) and _is_damaged(weights, name)
         ],
@@ -283,6 +288,11 @@ def _check_fit(
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"{source} is of another architecture: weights {'; '.join(found)}")
+
+
+def _kind(t: Tensor) -> tuple[bool, bool]:
+    """Real, complex or neither: what a copy would change without a word."""
+    return t.is_floating_point(), t.is_complex()
 
 
 def _new_masks(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, SparseMask]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from blokern.attack import PGD, eval_mode, evaluate
 from blokern.bilevel import checkpoint, schedule
 from blokern.bilevel.lock import locked
+from blokern.bilevel.progress import check_progress
 from blokern.bilevel.record import Record, Totals, accuracies, ranking, summary
 from blokern.bilevel.saver import LAST, Saver, latest
 from blokern.bilevel.signals import Interrupted, StopRequest
@@ -439,15 +440,17 @@ class Trainer:
         if "threat" in payload:  # not in checkpoints of before
             here = None if self.threat is None else self.threat.plain()
             checkpoint.check_same("run", {"threat": payload["threat"]}, {"threat": here}, source)
+        check_progress(payload, self.settings.epochs, len(self._batches), source)
+        checkpoint.check_finite(payload.get("model"), source)
         checkpoint.load_weights(self.rule.model, payload["model"], source)
         try:
-            self.rule.optimizer.load_state_dict(payload["optimizer"])
-        except ValueError as error:
+            self.rule.optimizer.load_state_dict(payload.get("optimizer"))  # type: ignore[arg-type]  # refused if none
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(f"{source} is of another optimizer: {error}") from error
         if isinstance(self.rule, StatefulRule):
             try:
-                self.rule.load_state_dict(payload["rule"])
-            except ValueError as error:
+                self.rule.load_state_dict(payload.get("rule"))  # type: ignore[arg-type]  # refused if none
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise checkpoint.CheckpointError(f"{source} is of another model: {error}") from error
         self._rng = payload["rng"]
         self._epoch, self._batch = payload["epoch"], payload["batch"]

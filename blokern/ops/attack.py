@@ -294,7 +294,8 @@ def _call(name: str, args: tuple[Any, ...]) -> Any:
     try:
         return getattr(C, name)(*args)
     except (TypeError, NotImplementedError):
-        # pybind11 lists signatures without names, and the dispatcher its backends: say which argument does not fit.
+        # pybind11's TypeError lists signatures without names; the dispatcher's NotImplementedError, for a tensor of a
+        # layout that no op takes, lists backends: say which argument does not fit.
         _check_kinds(name, args)
         raise
 

@@ -272,3 +272,14 @@ def test_nothing_but_a_checkpoint_is_written_over_one(tmp_path):
             write()
     assert path.read_bytes() == before
     checkpoint.save(path, {"model": {}})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(dtype):
+    model = torch.nn.Linear(2, 2)
+    weights = {**model.state_dict(), "weight": torch.ones(2, 2).to(dtype)}
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"1 of another kind of number \(weight {dtype} for"
+    ):
+        checkpoint.load_weights(model, weights, "a.pt")
+    checkpoint.load_weights(model, {**model.state_dict(), "weight": torch.ones(2, 2).half()}, "a.pt")

@@ -154,3 +154,33 @@ def test_a_complete_run_says_so_and_does_nothing(tmp_path, uninterrupted, monkey
 def test_resume_starts_a_run_where_there_is_none(tmp_path, uninterrupted):
     make(tmp_path, resume=True).fit()
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_checkpoint_that_no_run_continues_from_names_its_field(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, sending(BATCHES + 3)).fit()
+    sound = checkpoint.load(tmp_path / "last.pt")
+    fields = ("rng", "epoch", "batch", "totals", "best", "history", "optimizer", "model")
+    wrong = {
+        "epoch": (9, -1, True),
+        "batch": (BATCHES + 1, -1),
+        "history": ([], [3]),
+        "totals": ({},),
+        "rng": ({},),
+    }
+    for field in fields:
+        for value in ("missing", "a string", None, *wrong.get(field, ())):
+            payload = {name: part for name, part in sound.items() if name != field}
+            checkpoint.save(tmp_path / "last.pt", payload if value == "missing" else payload | {field: value})
+            with pytest.raises(checkpoint.CheckpointError, match=rf"last\.pt .*{field}"):
+                make(tmp_path, resume=True).fit()
+
+
+def test_weights_that_diverged_are_not_continued_from(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, sending(BATCHES + 3)).fit()
+    payload = checkpoint.load(tmp_path / "last.pt")
+    next(weight for weight in payload["model"].values() if weight.is_floating_point()).fill_(float("nan"))
+    checkpoint.save(tmp_path / "last.pt", payload)
+    with pytest.raises(FloatingPointError, match=r"last\.pt holds a network that diverged"):
+        make(tmp_path, resume=True).fit()

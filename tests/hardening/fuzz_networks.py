@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 def ours(run: Callable[[], Any]) -> Any:
-    """What blokern answers; Refused for an error that it raises itself."""
+    """What blokern answers; Refused for an error that it raises itself, be it by `raise NotImplementedError`."""
     try:
         return run()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
